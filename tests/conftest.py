@@ -1,0 +1,71 @@
+"""Runs use a small network on real images: scikit-learn's digits, or files that the tests write from them."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from sklearn.datasets import load_digits
+
+REPO = Path(__file__).parent.parent
+SMALL = ["--device", "cpu", "--arch", "shufflenet_v2_x0_5"]
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def call(capsys):
+    """Call a script's main in this process: returns (exit status, standard output, standard error)."""
+    def run(main, *argv):
+        capsys.readouterr()
+        status = 0
+        try:
+            main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return status, *capsys.readouterr()
+    return run
+
+
+def script(*argv, launcher=(sys.executable,), timeout=300, **environment):
+    """Run a script as a user does: the finished process, with its output as text."""
+    return subprocess.run([*launcher, *map(str, argv)], cwd=REPO, capture_output=True, text=True, timeout=timeout,
+                          env=os.environ | environment)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """60 training and 20 validation images in two classes: JPEG and PNG, of several sizes and modes."""
+    root = tmp_path_factory.mktemp("images")
+    images, labels = load_digits(return_X_y=True)
+    modes = ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"]
+    for split, rows in (("train", range(60)), ("val", range(60, 80))):
+        for i in rows:
+            folder = root / split / ("even" if labels[i] % 2 == 0 else "odd")
+            folder.mkdir(parents=True, exist_ok=True)
+            image = Image.fromarray((images[i].reshape(8, 8) * 15).astype(np.uint8)).resize((20 + i % 7, 20 + i % 5))
+            mode = modes[i % len(modes)]
+            if mode == "I;16":
+                image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+            else:
+                image = image.convert(mode)
+            image.save(folder / f"{i}.{'jpg' if mode in ('L', 'RGB', 'CMYK') else 'png'}")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
