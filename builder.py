@@ -111,17 +111,18 @@ class MoCo(nn.Module):
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(self, im_q, im_k, permutation):
-        """Queries of this process's images and keys of all: q (n, C) with gradient, k (N, C) without, unit rows, float32.
+        """Queries of this process's images and keys of all: q (n, C) with gradient, k (N, C) without, unit rows, in the
+        queue's dtype.
 
         im_q, im_k: (n, 3, H, W), the two views. permutation: (N,) long, the same on every process: the order in which the
         processes' images meet in the key encoder's BN, so that a key's statistics do not give its query away.
         """
-        q = F.normalize(self.encoder_q(im_q).float(), dim=1)  # queries: nxC
+        q = F.normalize(self.encoder_q(im_q).to(self.queue.dtype), dim=1)  # queries: nxC
         with torch.no_grad():
             self.update_key_encoder()
             n, rank = len(im_k), dist.get_rank()
             im_k = gather(im_k)[permutation[rank * n:(rank + 1) * n]]
-            k = gather(F.normalize(self.encoder_k(im_k).float(), dim=1))  # keys: NxC, permuted
+            k = gather(F.normalize(self.encoder_k(im_k).to(self.queue.dtype), dim=1))  # keys: NxC, permuted
             k = torch.empty_like(k).index_copy_(0, permutation, k)
         return q, k
 

@@ -19,8 +19,8 @@ import pretrain
 from pretrain import natural, natural_float, positive
 
 # The digits' features are few and small: they want a shorter training at a lower rate than an ImageNet ResNet's.
-DEFAULTS = {"digits": dict(lr=1.0, epochs=40, schedule=[24, 32])}
-IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80])
+DEFAULTS = {"digits": dict(lr=1.0, epochs=40, schedule=[24, 32], min_scale=0.5)}
+IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08)
 FIXED = "dataset", "arch", "crop_size", "batch_size"
 
 
@@ -35,6 +35,7 @@ def parse_args(argv=None):
     add("--dataset", choices=loader.DATASETS, help="default: as pre-trained")
     add("--classes", metavar="FILE", help="class folders to keep, one a line")
     add("--crop-size", type=positive(int), help="pixels")
+    add("--min-scale", type=pretrain.share, help="least share of an image's area in a random crop (default: 0.08)")
     add("-a", "--arch", help="a torchvision net that ends in fc")
     add("--epochs", type=positive(int))
     add("-b", "--batch-size", type=positive(int), help="images over all processes (default: 256)")
@@ -85,7 +86,7 @@ def main_worker(args):
     fc = DistributedDataParallel(net.fc)
     optimizer = torch.optim.SGD(net.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation("crop", args.crop_size, train.statistics), args.seed, views=1)
+    views = loader.Views(train, loader.augmentation("crop", args.crop_size, train.statistics, args.min_scale), args.seed, views=1)
     images = pretrain.make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0)
     if checkpoint:

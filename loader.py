@@ -153,10 +153,10 @@ def to_rgb(image):
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def augmentation(aug, crop_size, statistics):
+def augmentation(aug, crop_size, statistics, min_scale):
     """MoCo's augmentation, "v1" or "v2" (arXiv 2003.04297), or "crop" and flip alone, as its linear probe has it.
 
-    PIL image -> (3, crop_size, crop_size) float32, normalised. Crops under 64 pixels are not blurred.
+    min_scale: the least share of the image's area that a random crop takes, 0.2 in MoCo and 0.08 in its probe. PIL image -> (3, crop_size, crop_size) float32, normalised. Crops under 64 pixels are not blurred.
     """
     steps = {
         "crop": [],
@@ -165,9 +165,8 @@ def augmentation(aug, crop_size, statistics):
                transforms.RandomGrayscale(p=0.2),
                *([transforms.RandomApply([GaussianBlur()], p=0.5)] if crop_size >= 64 else [])],
     }[aug]
-    scale = (0.08, 1) if aug == "crop" else (0.2, 1)
-    return transforms.Compose([transforms.RandomResizedCrop(crop_size, scale), *steps, transforms.RandomHorizontalFlip(),
-                               transforms.ToTensor(), transforms.Normalize(*statistics)])
+    return transforms.Compose([transforms.RandomResizedCrop(crop_size, (min_scale, 1)), *steps,
+                               transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*statistics)])
 
 
 def centre_crop(crop_size, statistics):

@@ -37,10 +37,10 @@ import losses
 
 # What suits each data set. Batch, queue and clusters (by images a prototype) are fitted to smaller ones.
 SMALL = dict(arch="resnet18", crop_size=32, epochs=200, batch_size=256, queue_size=4096, moco_m=0.99, warmup_epochs=20,
-             knn_every=5)
+             knn_every=5, min_scale=0.2, lr=0.03)
 DEFAULTS = {
     "folder": dict(arch="resnet50", crop_size=224, epochs=200, batch_size=256, queue_size=16384, moco_m=0.999,
-                   warmup_epochs=20, knn_every=10),
+                   warmup_epochs=20, knn_every=10, min_scale=0.2, lr=0.03),
     "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL | dict(crop_size=28),
     "digits": SMALL | dict(crop_size=8, epochs=20, batch_size=128, queue_size=1024, warmup_epochs=5, knn_every=1),
 }
@@ -57,6 +57,7 @@ def parse_args(argv=None):
     add("--dataset", choices=loader.DATASETS, help="default: folder with DIR, digits without")
     add("--classes", metavar="FILE", help="class folders to keep, one a line")
     add("--aug", choices=("v1", "v2"), default="v2", help="MoCo's augmentation")
+    add("--min-scale", type=share, help="least share of an image's area in a random crop (default: MoCo's 0.2)")
     add("--crop-size", type=positive(int), help="pixels; under 64 without blur and with the small-image stem")
     add("-a", "--arch", help="a torchvision net that ends in fc")
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's two-layer head")
@@ -68,7 +69,7 @@ def parse_args(argv=None):
     add("--epochs", type=positive(int))
     add("--warmup-epochs", type=natural, help="epochs of InfoNCE alone")
     add("-b", "--batch-size", type=positive(int), help="images over all processes")
-    add("--lr", "--learning-rate", type=positive(float), default=0.03)
+    add("--lr", "--learning-rate", type=positive(float), help="default: 0.03; never scaled")
     add("--schedule", type=natural, nargs="+", metavar="EPOCH", help="divide lr by 10 there (default: cosine)")
     add("--momentum", type=fraction, default=0.9, help="of SGD")
     add("--wd", "--weight-decay", type=natural_float, default=1e-4)
@@ -122,7 +123,7 @@ def main_worker(args):
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation(args.aug, args.crop_size, train.statistics), args.seed)
+    views = loader.Views(train, loader.augmentation(args.aug, args.crop_size, train.statistics, args.min_scale), args.seed)
     images = make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
 
     # Where the run is: in `epoch`, after `step` of its `steps`, with the prototypes that its E-step found.
@@ -478,8 +479,15 @@ def natural_float(text):
 
 def fraction(text):
     value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to under 1, not {text}")
+    return value
+
+
+def share(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be over 0 and up to 1, not {text}")
     return value
 
 

@@ -67,5 +67,7 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
+def defaults():
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
