@@ -73,8 +73,8 @@ def main_worker(args):
         if val is None or not train.num_classes:
             raise ValueError(f"{args.dir}: a probe needs labels: DIR/train/CLASS/* and DIR/val/CLASS/*")
         net = frozen_net(args, source, train.num_classes)
+        pretrain.fit_batch(args, len(train), 256)
         if args.pretrained and not args.knn:
-            pretrain.fit_batch(args, len(train), 256)
             checkpoint = pretrain.open_output(args, len(train), FIXED)
     if args.knn or args.evaluate:
         figures = dict(knn=pretrain.knn(builder.without_head(net), train, val, args)) if args.knn else validate(net, val, args)
@@ -173,7 +173,7 @@ def train_epoch(backbone, fc, optimizer, images, run, args, log, save_run):
         optimizer.zero_grad()
         loss.backward()
         accuracy = (logits.argmax(1) == label).float().mean()
-        report.update(pretrain.mean_over_processes(dict(loss=loss, accuracy=accuracy)))
+        report.update(pretrain.mean_over_processes(dict(loss=loss, accuracy=accuracy), run, args))
         optimizer.step()
 
 

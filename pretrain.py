@@ -312,7 +312,7 @@ def m_step(ddp, optimizer, scaler, images, run, args, log, save_run):
         loss, terms = pauc(q, k, index, model.queue, run["clusterings"], args, epoch, step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        report.update(mean_over_processes({"loss": loss, **terms}))
+        report.update(mean_over_processes({"loss": loss, **terms}, run, args))
         scaler.step(optimizer)
         scaler.update()
         model.enqueue(k)
@@ -533,7 +533,7 @@ def steps(images, run, args, log, save_run):
                 save_run()
 
 
-def mean_over_processes(terms):
+def mean_over_processes(terms, run, args):
     """{name: 0-dim tensor} -> {name: float}, their means: one collective, and the step's one wait for the device.
 
     Raises FloatingPointError where one is not finite; call it before the optimizer's step.
@@ -542,7 +542,8 @@ def mean_over_processes(terms):
     dist.all_reduce(values)
     means = dict(zip(terms, (values / dist.get_world_size()).tolist()))
     if not all(map(math.isfinite, means.values())):
-        raise FloatingPointError(f"the loss is not finite: {means}")
+        raise FloatingPointError(f"epoch {run['epoch'] + 1}, step {run['step'] + 1}: the loss is not finite; the last "
+                                 f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
     return means
 
 
@@ -641,7 +642,8 @@ def fail(error, status, meeting=None):
 def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **more):
     """Process 0 writes all that a resumed run needs; random numbers are keyed, so there is no generator to save."""
     if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-        raise FloatingPointError("the weights are not finite")
+        raise FloatingPointError(f"epoch {run['epoch'] + 1}: the weights are not finite and were not saved; the last "
+                                 f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
     if dist.get_rank() == 0:
         save(args.output / name, dict(run, arch=args.arch, state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
                                       args=plain(args), log_size=log.size(), **more))

@@ -67,7 +67,8 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def defaults():
+def torch_settings():
+    threads = torch.get_num_threads()
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads)
