@@ -18,9 +18,9 @@ import loader
 import pretrain
 from pretrain import natural, natural_float, positive
 
-# The digits' features are few and small: they want a shorter training at a lower rate than an ImageNet ResNet's.
-DEFAULTS = {"digits": dict(lr=1.0, epochs=40, schedule=[24, 32], min_scale=0.5)}
-IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08)
+# What suits the digits: their features have a larger scale than an ImageNet ResNet's, and there are few of them.
+DEFAULTS = {"digits": dict(lr=0.3, epochs=30, schedule=[18, 24], min_scale=0.8, flip=False, batch_size=64)}
+IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08, flip=True, batch_size=256)
 FIXED = "dataset", "arch", "crop_size", "batch_size"
 
 
@@ -36,9 +36,10 @@ def parse_args(argv=None):
     add("--classes", metavar="FILE", help="class folders to keep, one a line")
     add("--crop-size", type=positive(int), help="pixels")
     add("--min-scale", type=pretrain.share, help="least share of an image's area in a random crop (default: 0.08)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: all but digits)")
     add("-a", "--arch", help="a torchvision net that ends in fc")
     add("--epochs", type=positive(int))
-    add("-b", "--batch-size", type=positive(int), help="images over all processes (default: 256)")
+    add("-b", "--batch-size", type=positive(int), help="images over all processes (default: 256, digits: 64)")
     add("--lr", "--learning-rate", type=positive(float), help="default: 30, for features of an ImageNet ResNet's scale")
     add("--schedule", type=natural, nargs="+", metavar="EPOCH", help="divide lr by 10 there")
     add("--momentum", type=pretrain.fraction, default=0.9)
@@ -73,7 +74,7 @@ def main_worker(args):
         if val is None or not train.num_classes:
             raise ValueError(f"{args.dir}: a probe needs labels: DIR/train/CLASS/* and DIR/val/CLASS/*")
         net = frozen_net(args, source, train.num_classes)
-        pretrain.fit_batch(args, len(train), 256)
+        pretrain.fit_batch(args, len(train), DEFAULTS.get(args.dataset, IMAGENET)["batch_size"])
         if args.pretrained and not args.knn:
             checkpoint = pretrain.open_output(args, len(train), FIXED)
     if args.knn or args.evaluate:
@@ -86,7 +87,8 @@ def main_worker(args):
     fc = DistributedDataParallel(net.fc)
     optimizer = torch.optim.SGD(net.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation("crop", args.crop_size, train.statistics, args.min_scale), args.seed, views=1)
+    views = loader.Views(train, loader.augmentation("crop", args.crop_size, train.statistics, args.min_scale,
+                                                     args.flip), args.seed, views=1)
     images = pretrain.make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0)
     if checkpoint:
@@ -126,7 +128,7 @@ def adopt(args, source):
     args.crop_size = args.crop_size or then.get("crop_size") or defaults["crop_size"]
     args.arch = args.arch or (isinstance(source, dict) and source.get("arch")) or defaults["arch"]
     for name, value in DEFAULTS.get(args.dataset, IMAGENET).items():
-        if getattr(args, name) is None:
+        if name != "batch_size" and getattr(args, name) is None:
             setattr(args, name, value)
 
 

@@ -153,10 +153,11 @@ def to_rgb(image):
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def augmentation(aug, crop_size, statistics, min_scale):
+def augmentation(aug, crop_size, statistics, min_scale=0.2, flip=True):
     """MoCo's augmentation, "v1" or "v2" (arXiv 2003.04297), or "crop" and flip alone, as its linear probe has it.
 
-    min_scale: the least share of the image's area that a random crop takes, 0.2 in MoCo and 0.08 in its probe. PIL image -> (3, crop_size, crop_size) float32, normalised. Crops under 64 pixels are not blurred.
+    min_scale: the least share of the image's area that a random crop takes, 0.2 in MoCo and 0.08 in its probe.
+    flip: mirror half of the images. PIL image -> (3, crop_size, crop_size) float32, normalised. Crops under 64 pixels are not blurred.
     """
     steps = {
         "crop": [],
@@ -165,8 +166,9 @@ def augmentation(aug, crop_size, statistics, min_scale):
                transforms.RandomGrayscale(p=0.2),
                *([transforms.RandomApply([GaussianBlur()], p=0.5)] if crop_size >= 64 else [])],
     }[aug]
-    return transforms.Compose([transforms.RandomResizedCrop(crop_size, (min_scale, 1)), *steps,
-                               transforms.RandomHorizontalFlip(), transforms.ToTensor(), transforms.Normalize(*statistics)])
+    mirror = [transforms.RandomHorizontalFlip()] if flip else []
+    return transforms.Compose([transforms.RandomResizedCrop(crop_size, (min_scale, 1)), *steps, *mirror,
+                               transforms.ToTensor(), transforms.Normalize(*statistics)])
 
 
 def centre_crop(crop_size, statistics):

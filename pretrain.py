@@ -37,12 +37,13 @@ import losses
 
 # What suits each data set. Batch, queue and clusters (by images a prototype) are fitted to smaller ones.
 SMALL = dict(arch="resnet18", crop_size=32, epochs=200, batch_size=256, queue_size=4096, moco_m=0.99, warmup_epochs=20,
-             knn_every=5, min_scale=0.2, lr=0.03)
+             knn_every=5, min_scale=0.2, flip=True, lr=0.03, temperature=0.2)
 DEFAULTS = {
     "folder": dict(arch="resnet50", crop_size=224, epochs=200, batch_size=256, queue_size=16384, moco_m=0.999,
-                   warmup_epochs=20, knn_every=10, min_scale=0.2, lr=0.03),
+                   warmup_epochs=20, knn_every=10, min_scale=0.2, flip=True, lr=0.03, temperature=0.2),
     "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL | dict(crop_size=28),
-    "digits": SMALL | dict(crop_size=8, epochs=20, batch_size=128, queue_size=1024, warmup_epochs=5, knn_every=1),
+    "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0, batch_size=64, lr=0.01, temperature=0.1,
+                           queue_size=1024, knn_every=2),
 }
 IMAGES_PER_PROTOTYPE = 50, 25, 12
 # DDP's flag has two names.
@@ -58,13 +59,14 @@ def parse_args(argv=None):
     add("--classes", metavar="FILE", help="class folders to keep, one a line")
     add("--aug", choices=("v1", "v2"), default="v2", help="MoCo's augmentation")
     add("--min-scale", type=share, help="least share of an image's area in a random crop (default: MoCo's 0.2)")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: all but digits)")
     add("--crop-size", type=positive(int), help="pixels; under 64 without blur and with the small-image stem")
     add("-a", "--arch", help="a torchvision net that ends in fc")
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's two-layer head")
     add("--dim", "--moco-dim", type=positive(int), default=128, help="dimensions of the embedding")
     add("--queue-size", "--moco-k", type=positive(int), help="keys in the queue")
     add("--moco-m", type=fraction, help="momentum of the key encoder")
-    add("--temperature", "--moco-t", type=positive(float), default=0.2, help="of InfoNCE, and the mean concentration")
+    add("--temperature", "--moco-t", type=positive(float), help="of InfoNCE, and the mean concentration (default: 0.2)")
     add("--bn-splits", type=positive(int), default=1, help="slices of each process's batch with BN of their own")
     add("--epochs", type=positive(int))
     add("--warmup-epochs", type=natural, help="epochs of InfoNCE alone")
@@ -123,7 +125,8 @@ def main_worker(args):
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation(args.aug, args.crop_size, train.statistics, args.min_scale), args.seed)
+    views = loader.Views(train, loader.augmentation(args.aug, args.crop_size, train.statistics, args.min_scale,
+                                                     args.flip), args.seed)
     images = make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
 
     # Where the run is: in `epoch`, after `step` of its `steps`, with the prototypes that its E-step found.

@@ -59,7 +59,7 @@ def same_ending(a, b):
 def digits_run(tmp_path_factory):
     """Three epochs, of which one is warm-up, with a copy of every checkpoint that was written."""
     output = tmp_path_factory.mktemp("digits") / "run"
-    done = script("pretrain.py", *SMALL, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
+    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
                   "--num-negatives", 40, "--output", output)
     assert done.returncode == 0, done.stderr
     return output
@@ -91,7 +91,7 @@ def test_a_run_resumed_after_its_second_epoch_is_the_uninterrupted_one(digits_ru
     resumed.mkdir()
     shutil.copy(digits_run / "checkpoint_0002.pth", resumed / "checkpoint.pth")
     shutil.copy(digits_run / "log.jsonl", resumed / "log.jsonl")  # with lines from after the checkpoint
-    done = script("pretrain.py", *SMALL, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
+    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
                   "--num-negatives", 40, "--output", resumed, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     same_ending(digits_run, resumed)
@@ -99,7 +99,7 @@ def test_a_run_resumed_after_its_second_epoch_is_the_uninterrupted_one(digits_ru
 
 
 def test_a_run_resumed_within_an_epoch_is_the_uninterrupted_one(tmp_path, call, monkeypatch):
-    flags = [*SMALL, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--num-negatives", 40, "--keep-every", 1]
+    flags = [*SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--num-negatives", 40, "--keep-every", 1]
     assert call(pretrain.main, *flags, "--output", tmp_path / "whole")[0] == 0
     first, real_enqueue, count = tmp_path / "run", builder.MoCo.enqueue, [0]
 
@@ -130,11 +130,12 @@ def test_another_seed_is_another_run(digits_run, tmp_path, call):
 
 def test_the_probe_reports_resumes_and_evaluates(digits_run, tmp_path, call):
     output = tmp_path / "probe"
-    flags = ["--pretrained", digits_run / "checkpoint.pth", "--device", "cpu", "--epochs", 2, "--output", output]
+    flags = ["--pretrained", digits_run / "checkpoint.pth", "--device", "cpu", "--epochs", 3, "--lr", 100, "--output",
+             output]
     status, out, errors = call(lincls.main, *flags)
     assert status == 0, errors
     last = read_log(output)[-1]
-    assert last["epoch"] == 2 and 10 < last["top1"] <= last["best"] <= 100 and last["top1"] <= last["top5"]
+    assert last["epoch"] == 3 and 20 < last["top1"] <= last["best"] <= 100 and last["top1"] <= last["top5"]
     status, out, _ = call(lincls.main, "--evaluate", output / "checkpoint.pth", "--device", "cpu")
     assert status == 0 and f"top1 {last['top1']:.2f}  top5 {last['top5']:.2f}" in out
     once = tmp_path / "once"
@@ -199,15 +200,14 @@ def test_two_processes_train_the_default(launcher, tmp_path):
 
 
 def test_two_processes_log_what_one_with_two_bn_splits_does(tmp_path):
-    flags = [*SMALL, "--epochs", 1, "--warmup-epochs", 0, "--num-negatives", 40, "--print-every", 1, "--num-clusters", 30, 60]
+    flags = [*SMALL, "--epochs", 1, "--num-clusters", 0, "--print-every", 1, "--lr", 1e-4]
     for name, more in (("one", ["--bn-splits", 2]), ("two", ["--nproc", 2])):
         done = script("pretrain.py", *flags, *more, "--output", tmp_path / name)
         assert done.returncode == 0, done.stderr
     one, two = (read_log(tmp_path / name) for name in ("one", "two"))
     assert one[0]["knn"] == pytest.approx(two[0]["knn"], abs=0.3)
-    for a, b in zip(one[1:4], two[1:4]):
-        for name in TERMS - {"images_per_s", "acc_ins", "acc_proto"}:
-            assert a[name] == pytest.approx(b[name], rel=2e-2, abs=1e-3), name
+    for step, tolerance in ((1, 1e-5), (2, 1e-3)):  # float32's rounding grows fast from step to step
+        assert one[step]["loss_ins"] == pytest.approx(two[step]["loss_ins"], rel=tolerance)
 
 
 def embed_shard(rank, world_size, path):
