@@ -65,7 +65,7 @@ def test_state_dict_has_mocos_keys(group):
     assert "encoder_q.fc.weight" in builder.MoCo("resnet18", dim=8, queue_size=16, mlp=False).state_dict()
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v2_x0_5", "regnet_y_400mf"])
+@pytest.mark.parametrize("arch", ["resnet18", "shufflenet_v2_x0_5", "regnet_x_400mf"])
 def test_small_image_stem_keeps_the_resolution(arch, group):
     net = builder.build_backbone(arch, small_images=True)
     sizes = []
@@ -204,7 +204,7 @@ def test_the_prototype_terms_reach_every_parameter_of_the_query_encoder(group):
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(group):
-    model, args = small_moco(), pretrain.parse_args(["--align", "0.5", "--uniform", "0", "--corr", "3"])
+    model, args = small_moco(), pretrain.parse_args("--temperature 0.2 --align 0.5 --uniform 0 --corr 3".split())
     args.device = torch.device("cpu")
     q, k = (F.normalize(torch.randn(N, 8), dim=1) for _ in range(2))
     clusterings = [(torch.arange(N) % size, F.normalize(torch.randn(size, 8), dim=1), torch.full((size,), 0.2))
