@@ -157,7 +157,8 @@ def augmentation(aug, crop_size, statistics, min_scale=0.2, flip=True):
     """MoCo's augmentation, "v1" or "v2" (arXiv 2003.04297), or "crop" and flip alone, as its linear probe has it.
 
     min_scale: the least share of the image's area that a random crop takes, 0.2 in MoCo and 0.08 in its probe.
-    flip: mirror half of the images. PIL image -> (3, crop_size, crop_size) float32, normalised. Crops under 64 pixels are not blurred.
+    flip: mirror half of the images. Crops under 64 pixels are not blurred.
+    PIL image -> (3, crop_size, crop_size) float32, normalised.
     """
     steps = {
         "crop": [],

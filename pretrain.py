@@ -42,8 +42,8 @@ DEFAULTS = {
     "folder": dict(arch="resnet50", crop_size=224, epochs=200, batch_size=256, queue_size=16384, moco_m=0.999,
                    warmup_epochs=20, knn_every=10, min_scale=0.2, flip=True, lr=0.03, temperature=0.2),
     "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL | dict(crop_size=28),
-    "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0, batch_size=64, lr=0.01, temperature=0.1,
-                           queue_size=1024, knn_every=2),
+    "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0, batch_size=64, lr=0.01,
+                           temperature=0.1, queue_size=1024, knn_every=2),
 }
 IMAGES_PER_PROTOTYPE = 50, 25, 12
 # DDP's flag has two names.
