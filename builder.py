@@ -107,7 +107,7 @@ class MoCo(nn.Module):
             width = self.encoder_q.fc.in_features
             self.encoder_q.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.encoder_q.fc)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.register_buffer("queue", F.normalize(torch.randn(dim, queue_size), dim=0))  # keys: CxQ
+        self.register_buffer("queue", torch.zeros(dim, queue_size))  # keys: CxQ, empty at first
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
 
     def forward(self, im_q, im_k, permutation):
@@ -148,12 +148,14 @@ class MoCo(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- across processes
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it
+
 
 @torch.no_grad()
 def gather(x):
     """The rows of all processes, in order of rank: (n, ...) -> (N, ...). No gradient."""
     rows = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-    dist.all_gather_into_tensor(rows, x.contiguous())
+    _all_gather(rows, x.contiguous())
     return rows
 
 

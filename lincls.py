@@ -87,9 +87,8 @@ def main_worker(args):
     fc = DistributedDataParallel(net.fc)
     optimizer = torch.optim.SGD(net.fc.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation("crop", args.crop_size, train.statistics, args.min_scale,
-                                                     args.flip), args.seed, views=1)
-    images = pretrain.make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
+    augment = loader.Augment("crop", args.crop_size, train.statistics, args.flip)
+    views = loader.Views(train, batches, augment, args.device, 1, args.min_scale, args.workers)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0)
     if checkpoint:
         net.load_state_dict(checkpoint["state_dict"])
@@ -103,7 +102,7 @@ def main_worker(args):
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
         batches.epoch, batches.start = epoch, run["step"]
-        train_epoch(backbone, fc, optimizer, images, run, args, log, save_run)
+        train_epoch(backbone, fc, optimizer, views, run, args, log, save_run)
         for name, value in net.state_dict().items():
             if not name.startswith("fc.") and not torch.equal(value, frozen[name]):
                 raise RuntimeError(f"the frozen backbone moved: {name}")
@@ -162,11 +161,11 @@ def frozen_net(args, source, num_classes):
     return net.to(args.device, memory_format=torch.channels_last)
 
 
-def train_epoch(backbone, fc, optimizer, images, run, args, log, save_run):
+def train_epoch(backbone, fc, optimizer, views, run, args, log, save_run):
     """The rest of the run's epoch. The backbone stays in eval mode: BN in train mode would take the batch's statistics and
     move its running ones, even without gradient, and a frozen backbone is to be a function of the image alone."""
     backbone.eval()
-    for step, (image, _, label), report in pretrain.steps(images, run, args, log, save_run):
+    for step, (image, _, label), report in pretrain.steps(views, run, args, log, save_run):
         report["lr"] = optimizer.param_groups[0]["lr"] = pretrain.learning_rate(run["epoch"] + step / run["steps"], args)
         with torch.no_grad(), pretrain.autocast(args):
             features = backbone(image)

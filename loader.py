@@ -1,21 +1,30 @@
 """Images in: data sets by name or folder, two augmented views with the image's index, sharding for evaluation.
 
-Random numbers come from `key(seed, epoch, index)`, never from a worker's state: a run sees the same views for any number
-of workers and processes, and can go on at any step without replaying what came before.
+Images of a folder are read and cropped by workers, images in memory are cropped on the device; all else is done to whole
+batches on the device. Random numbers come from `key(seed, epoch, index)` for what a worker does to an image, and from
+`key(seed, epoch, step)` for what is done to a global batch, of which each process takes its rows. So a run sees the same
+views for any number of workers and processes, and can go on at any step without replaying what came before.
+
+n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
 import gzip
 import hashlib
+import math
 import os
 import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Dataset
-from torchvision import datasets, transforms
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2 import functional
 
 DATASETS = ("folder", "digits", "cifar10", "cifar100", "fashionmnist")
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -30,12 +39,12 @@ def key(*parts):
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
-def load(dataset, root, split, classes=None):
-    """The `split` ("train" or "val") of a data set: a Dataset of (RGB image, label), None where there is no such split.
+def load(dataset, root, split, classes=None, device="cpu"):
+    """The `split` ("train" or "val") of a data set: Files, or Arrays on `device`; None where there is no such split.
 
     dataset: one of DATASETS. root: the image folder, or where torchvision's sets are or will be put. classes: a file of
-    class folders to keep, one a line. The Dataset has `labels` (n,) long, -1 where there are none; `num_classes`; and
-    `statistics`, the mean and standard deviation of the channels. Raises ValueError or OSError with a line for the user.
+    class folders to keep, one a line. Both kinds have `labels` (n,) long on the CPU, -1 where there are none; `num_classes`;
+    and `statistics`, the mean and standard deviation of the channels. Raises ValueError or OSError with a line for the user.
     """
     if dataset != "folder" and classes:
         raise ValueError("--classes: only an image folder has class folders to choose from")
@@ -46,14 +55,14 @@ def load(dataset, root, split, classes=None):
         digits = load_digits()
         images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 1797x8x8
         halves = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-        return Arrays(halves[0 if train else 1], halves[2 if train else 3])
+        return Arrays(halves[0 if train else 1], halves[2 if train else 3], device)
     raw = Path(root) / "FashionMNIST" / "raw" / ("train" if train else "t10k")
     files = [Path(f"{raw}-{name}.gz") for name in ("images-idx3-ubyte", "labels-idx1-ubyte")]
     if dataset == "fashionmnist" and all(f.is_file() for f in files):
         try:
             images, labels = (gzip.decompress(f.read_bytes()) for f in files)
             labels = np.frombuffer(labels, np.uint8, offset=8)
-            return Arrays(np.frombuffer(images, np.uint8, offset=16).reshape(len(labels), 28, 28), labels)
+            return Arrays(np.frombuffer(images, np.uint8, offset=16).reshape(len(labels), 28, 28), labels, device)
         except (EOFError, ValueError, OSError, zlib.error) as error:
             raise OSError(f"{files[0].parent}: a file is damaged ({error}); fetch it again") from None
     kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}[dataset]
@@ -62,29 +71,26 @@ def load(dataset, root, split, classes=None):
     except (OSError, RuntimeError) as error:
         raise OSError(f"{root}: {dataset} is not there and cannot be downloaded ({error}); put its archives there, or "
                       f"name the folder that holds them: python pretrain.py DIR --dataset {dataset}") from None
-    return Arrays(np.asarray(data.data), data.targets)
+    return Arrays(np.asarray(data.data), data.targets, device)
 
 
-class Arrays(Dataset):
-    """A data set in memory: images (n, H, W) or (n, H, W, 3) uint8, labels (n,)."""
+class Arrays:
+    """A data set in the device's memory, of images (n, H, W) or (n, H, W, 3) uint8, and labels (n,)."""
 
-    def __init__(self, images, labels):
-        self.images = images
+    def __init__(self, images, labels, device="cpu"):
+        images = torch.from_numpy(np.array(images)).to(device)
+        self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.long)
         self.num_classes = int(self.labels.max()) + 1
-        channels = images[:10_000].reshape(-1, images.shape[3] if images.ndim == 4 else 1)
-        mean, std = channels.mean(0) / 255, channels.std(0) / 255
-        self.statistics = np.broadcast_to(mean, 3).tolist(), np.broadcast_to(std, 3).tolist()
+        part = self.images[:10_000].double() / 255
+        self.statistics = tuple(x.expand(3).tolist() for x in (part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0)))
 
     def __len__(self):
         return len(self.images)
 
-    def __getitem__(self, i):
-        return Image.fromarray(self.images[i]).convert("RGB"), int(self.labels[i])
-
 
 class Files(Dataset):
-    """A data set of image files. An image that cannot be read raises OSError with its path."""
+    """A data set of image files: (3, H, W) uint8, label. An image that cannot be read raises OSError with its path."""
 
     def __init__(self, samples, num_classes):
         # Arrays, not lists: a million Python objects would be copied into every worker as their reference counts change.
@@ -96,10 +102,10 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        path = os.fsdecode(self.paths[i])
+        path, label = os.fsdecode(self.paths[i]), int(self.labels[i])
         try:
             with Image.open(path) as image:
-                return to_rgb(image), int(self.labels[i])
+                return functional.pil_to_tensor(to_rgb(image)), label
         except Exception as error:  # PIL raises nearly anything on a broken file
             raise OSError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
 
@@ -153,84 +159,222 @@ def to_rgb(image):
 # -------------------------------------------------------------------------------------------------------------- views
 
 
-def augmentation(aug, crop_size, statistics, min_scale=0.2, flip=True):
-    """MoCo's augmentation, "v1" or "v2" (arXiv 2003.04297), or "crop" and flip alone, as its linear probe has it.
-
-    min_scale: the least share of the image's area that a random crop takes, 0.2 in MoCo and 0.08 in its probe.
-    flip: mirror half of the images. Crops under 64 pixels are not blurred.
-    PIL image -> (3, crop_size, crop_size) float32, normalised.
-    """
-    steps = {
-        "crop": [],
-        "v1": [transforms.RandomGrayscale(p=0.2), transforms.ColorJitter(0.4, 0.4, 0.4, 0.4)],
-        "v2": [transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-               transforms.RandomGrayscale(p=0.2),
-               *([transforms.RandomApply([GaussianBlur()], p=0.5)] if crop_size >= 64 else [])],
-    }[aug]
-    mirror = [transforms.RandomHorizontalFlip()] if flip else []
-    return transforms.Compose([transforms.RandomResizedCrop(crop_size, (min_scale, 1)), *steps, *mirror,
-                               transforms.ToTensor(), transforms.Normalize(*statistics)])
-
-
-def centre_crop(crop_size, statistics):
-    """The view for evaluation: the shorter side resized to 256/224 of the crop, then the centre."""
-    return transforms.Compose([transforms.Resize(crop_size * 256 // 224), transforms.CenterCrop(crop_size),
-                               transforms.ToTensor(), transforms.Normalize(*statistics)])
-
-
-class GaussianBlur:
-    """SimCLR's blur (arXiv 2002.05709) as in MoCo v2: PIL's, with a sigma drawn uniformly from [0.1, 2] pixels."""
-
-    def __call__(self, image):
-        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2).item()))
-
-
-class Views(Dataset):
-    """`views` random views of each image, its index and its label. Indexed by (epoch, index), as `Batches` yields them."""
-
-    def __init__(self, data, transform, seed, views=2):
-        self.data, self.transform, self.seed, self.views = data, transform, seed, views
-
-    def __getitem__(self, epoch_index):
-        epoch, index = epoch_index
-        image, label = self.data[index]
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(key(self.seed, epoch, index))
-            return *(self.transform(image) for _ in range(self.views)), index, label
-
-
 class Batches:
-    """The batches of one process: its rows of each global batch of a shuffled epoch. An incomplete last one is dropped.
+    """The batches of a shuffled epoch, the same for any number of processes; an incomplete last one is dropped.
 
-    Set `epoch`, and `start` to leave out the steps before it. A global batch is the same for any number of processes.
+    Set `epoch`, and `start` to leave out the steps before it. A DataLoader takes this process's rows of each from it, as
+    (epoch, index).
     """
 
     def __init__(self, total, batch_size, seed, rank=0, world_size=1):
         self.total, self.batch_size, self.seed = total, batch_size, seed
-        self.rows = shard(batch_size, rank, world_size)
+        self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self.epoch = self.start = 0
 
     def __len__(self):
         return self.total // self.batch_size - self.start
 
     def __iter__(self):
-        order = torch.randperm(self.total, generator=torch.Generator().manual_seed(key(self.seed, self.epoch))).tolist()
+        return ([(self.epoch, i) for i in index[self.rows].tolist()] for _, index in self.whole())
+
+    def whole(self):
+        """Each step and the indices (N,) of its global batch."""
+        order = torch.randperm(self.total, generator=torch.Generator().manual_seed(key(self.seed, self.epoch)))
         for step in range(self.start, self.total // self.batch_size):
-            yield [(self.epoch, order[step * self.batch_size + row]) for row in self.rows]
+            yield step, order[step * self.batch_size:(step + 1) * self.batch_size]
 
 
-class Evaluation(Dataset):
-    """One process's shard of a data set, transformed without randomness: (image, label)."""
+class Views:
+    """The training batches of one process: V random views (n, 3, S, S) of each of its images, on `device`; the indices (N,)
+    of the whole batch's images, on the CPU; and the labels (n,) of its own, on `device`.
 
-    def __init__(self, data, transform, rank=0, world_size=1):
-        self.data, self.transform, self.rows = data, transform, shard(len(data), rank, world_size)
+    augment: what is done after cropping. min_scale: the least share of an image's area that a crop takes.
+    """
 
-    def __len__(self):
-        return len(self.rows)
+    def __init__(self, data, batches, augment, device, views=2, min_scale=0.2, workers=0):
+        self.data, self.batches, self.augment, self.device = data, batches, augment.to(device), device
+        self.views, self.min_scale = views, min_scale
+        if isinstance(data, Files):
+            self.crops = DataLoader(RandomCrops(data, augment.size, batches.seed, views, min_scale), batch_sampler=batches,
+                                    num_workers=workers, persistent_workers=workers > 0,
+                                    pin_memory=torch.device(device).type == "cuda")
+
+    def __iter__(self):
+        crops = iter(self.crops) if isinstance(self.data, Files) else None
+        for step, index in self.batches.whole():
+            own, generator = index[self.batches.rows], torch.Generator().manual_seed(
+                key(self.batches.seed, self.batches.epoch, step))
+            draws = torch.rand(len(index), self.views, 40 + Augment.draws, generator=generator)[self.batches.rows]
+            draws = draws.flatten(0, 1).to(self.device, non_blocking=True)  # nV rows
+            if crops:
+                x = next(crops).flatten(0, 1).to(self.device, non_blocking=True)
+            else:
+                images = self.data.images[own.to(self.device)].repeat_interleave(self.views, dim=0)
+                x = resample(images, random_boxes(draws[:, :40].view(-1, 10, 4), *images.shape[2:], self.min_scale),
+                             self.augment.size)
+            x = self.augment(x, draws[:, 40:]).unflatten(0, (-1, self.views))
+            yield *x.unbind(1), index, self.data.labels[own].to(self.device, non_blocking=True)
+
+
+class RandomCrops(Dataset):
+    """RandomResizedCrops of image files: (V, 3, S, S) uint8. Indexed by (epoch, index), as `Batches` yields them."""
+
+    def __init__(self, data, size, seed, views, min_scale):
+        self.data, self.size, self.seed, self.views, self.scale = data, size, seed, views, (min_scale, 1)
+
+    def __getitem__(self, epoch_index):
+        image, _ = self.data[epoch_index[1]]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(key(self.seed, *epoch_index))
+            boxes = [RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3)) for _ in range(self.views)]
+        return torch.stack([functional.resized_crop(image, *box, [self.size] * 2, antialias=True) for box in boxes])
+
+
+def random_boxes(u, height, width, min_scale, ratio=(3 / 4, 4 / 3)):
+    """RandomResizedCrop's boxes (n, 4), each top, left, height, width, from uniform u (n, 10, 4): the first of ten tries at
+    a share of the area and an aspect ratio that fits into the image, and the whole image if none does."""
+    area = height * width * (min_scale + (1 - min_scale) * u[..., 0])
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[..., 1])
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # nx10
+    top, left = (u[..., 2] * (height - h + 1)).floor(), (u[..., 3] * (width - w + 1)).floor()
+    fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
+    boxes = torch.stack([top, left, h, w], dim=-1)
+    first = boxes[torch.arange(len(u), device=u.device), fits.to(torch.uint8).argmax(1)]
+    return torch.where(fits.any(1, keepdim=True), first, first.new_tensor([0, 0, height, width]))
+
+
+def resample(images, boxes, size):
+    """Cut `boxes` (n, 4), each top, left, height, width, out of images (n, c, H, W) uint8, and resize them as PIL's bilinear
+    filter does, with antialiasing: (n, 3, size, size) float32 in [0, 1]. The filter is a matrix for rows and for columns."""
+    def weights(start, length, total):  # nx1, nx1 -> nxsizextotal
+        pixel = torch.arange(total, device=images.device) + 0.5
+        centre = start + length / size * (torch.arange(size, device=images.device) + 0.5)
+        support = (length / size).clamp(min=1)[:, :, None]
+        triangle = (1 - (pixel - centre[:, :, None]).abs() / support).clamp(min=0)
+        inside = (pixel > start) & (pixel < start + length)
+        triangle = triangle * inside[:, None]
+        return triangle / triangle.sum(-1, keepdim=True)
+    top, left, height, width = boxes[:, :, None].unbind(1)
+    rows, columns = weights(top, height, images.shape[2]), weights(left, width, images.shape[3])
+    crops = rows[:, None] @ (images.float() / 255) @ columns[:, None].mT
+    return crops.expand(-1, 3, -1, -1)
+
+
+class Augment(nn.Module):
+    """What MoCo does to a crop after cutting it, to a whole batch, with draws of its own for each image.
+
+    aug: "v1" or "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S; crops under 64 pixels
+    are not blurred. statistics: mean and standard deviation of the channels. flip: mirror half of the images.
+    The operations are torchvision's on floats: unlike in PIL's pipeline nothing is rounded to 8 bits on the way, and the
+    blur is a Gaussian, not three box filters.
+    """
+    draws = 13
+
+    def __init__(self, aug, size, statistics, flip=True):
+        super().__init__()
+        self.aug, self.size, self.flip = aug, size, flip
+        self.register_buffer("mean", torch.tensor(statistics[0]).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(statistics[1]).view(3, 1, 1))
+
+    def forward(self, x, u=None):
+        """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, draws) uniform in [0, 1), which "crop" without flip does not need.
+        Returns (n, 3, S, S) float32, normalised."""
+        x = x / 255 if x.dtype == torch.uint8 else x
+        if self.aug == "v1":
+            x = torch.where(_each(u[:, 1] < 0.2), grey(x), x)
+            x = self.jitter(x, u, hue=0.4)
+        elif self.aug == "v2":
+            x = torch.where(_each(u[:, 0] < 0.8), self.jitter(x, u, hue=0.1), x)
+            x = torch.where(_each(u[:, 1] < 0.2), grey(x), x)
+            if self.size >= 64:
+                x = torch.where(_each(u[:, 2] < 0.5), blur(x, 0.1 + 1.9 * u[:, 4]), x)
+        if self.flip:
+            x = torch.where(_each(u[:, 3] < 0.5), x.flip(-1), x)
+        return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def jitter(self, x, u, hue, strength=0.4):
+        """torchvision's ColorJitter: brightness, contrast, saturation and hue, in an order of each image's own."""
+        factors = 1 + strength * (2 * u[:, 5:8] - 1)  # of brightness, contrast, saturation
+        order = u[:, 9:13].argsort(1)  # which operation comes first, second, ...; 3 is the hue
+        place = (order == 3).to(torch.uint8).argmax(1)
+        for slot in range(3):
+            x = _blend(x, order[:, slot], factors, slot < place)
+        x = shift_hue(x, hue * (2 * u[:, 8] - 1))
+        for slot in range(1, 4):
+            x = _blend(x, order[:, slot], factors, slot > place)
+        return x
+
+
+def grey(x):
+    """(n, 3, S, S) -> (n, 1, S, S): ITU-R 601's luma."""
+    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x (n, 3, S, S) in [0, 1] by shift (n,), in turns, and keep HSV's saturation and value."""
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    r, g, b = x.unbind(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    sixth = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    sixth = sixth + 6 * shift[:, None, None]
+    channels = []
+    for offset in (5, 3, 1):  # HSV to RGB without cases: a channel is value - chroma * a trapezium of the hue
+        k = (sixth + offset) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, dim=1)
+
+
+def blur(x, sigma, radius=8):
+    """Gaussian blur of x (n, 3, S, S) by sigma (n,) pixels, at most radius / 4; the edge's pixels are repeated outwards."""
+    size = x.shape[-1]
+    distance = torch.arange(-radius, size + radius, device=x.device) - torch.arange(size, device=x.device)[:, None]
+    weights = (-distance.square() / (2 * sigma[:, None, None].square())).softmax(-1)[:, None]  # nx1xSx(S + 2 radius)
+    return weights @ F.pad(x, [radius] * 4, mode="replicate") @ weights.mT
+
+
+def _blend(x, operation, factors, active):
+    """Each image's brightness (0), contrast (1) or saturation (2) by its factor: a blend with black, mean grey or grey."""
+    luma = grey(x)
+    other = torch.where(_each(operation == 2), luma, _each(operation == 1) * luma.mean((2, 3), keepdim=True))
+    factor = factors.gather(1, operation.clamp(max=2)[:, None])[:, 0]
+    factor = _each(torch.where(active, factor, 1))
+    return (factor * x + (1 - factor) * other).clamp(0, 1)
+
+
+def _each(x):
+    return x[:, None, None, None]
+
+
+# --------------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
+    """One process's shard of a data set, in batches: the images' centres (n, 3, size, size), normalised, on `device`, and
+    their labels (n,). The centre is that of the image with its shorter side resized to 256/224 of `size`."""
+    rows, resized, normalise = shard(len(data), rank, world_size), size * 256 // 224, Augment("crop", size, data.statistics, False)
+    normalise.to(device)
+    if isinstance(data, Files):
+        crops = DataLoader(CentreCrops(data, size, resized), batch_size, sampler=rows, num_workers=workers,
+                           pin_memory=torch.device(device).type == "cuda")
+        for x, labels in crops:
+            yield normalise(x.to(device, non_blocking=True)), labels
+        return
+    height, width = data.images.shape[2:]
+    side = min(height, width) * size / resized
+    box = torch.tensor([[(height - side) / 2, (width - side) / 2, side, side]], device=device)
+    for start in range(rows.start, rows.stop, batch_size):
+        own = slice(start, min(start + batch_size, rows.stop))
+        yield normalise(resample(data.images[own], box, size)), data.labels[own]
+
+
+class CentreCrops(Dataset):
+    def __init__(self, data, size, resized):
+        self.data, self.size, self.resized = data, size, resized
 
     def __getitem__(self, i):
-        image, label = self.data[self.rows[i]]
-        return self.transform(image), label
+        image, label = self.data[i]
+        return functional.center_crop(functional.resize(image, [self.resized], antialias=True), self.size), label
 
 
 def shard(total, rank, world_size):

@@ -28,7 +28,6 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import builder
@@ -46,6 +45,7 @@ DEFAULTS = {
                            temperature=0.1, queue_size=1024, knn_every=2),
 }
 IMAGES_PER_PROTOTYPE = 50, 25, 12
+EVALUATION_BATCH = 512
 # DDP's flag has two names.
 NO_BUFFERS = {next(name for name in ("forward_sync_buffers", "broadcast_buffers")
                    if name in inspect.signature(DistributedDataParallel).parameters): False}
@@ -125,9 +125,8 @@ def main_worker(args):
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    views = loader.Views(train, loader.augmentation(args.aug, args.crop_size, train.statistics, args.min_scale,
-                                                     args.flip), args.seed)
-    images = make_loader(views, args, batch_sampler=batches, persistent_workers=args.workers > 0)
+    augment = loader.Augment(args.aug, args.crop_size, train.statistics, args.flip)
+    views = loader.Views(train, batches, augment, args.device, 2, args.min_scale, args.workers)
 
     # Where the run is: in `epoch`, after `step` of its `steps`, with the prototypes that its E-step found.
     run = dict(epoch=0, step=0, steps=len(batches), clusterings=[], figures={})
@@ -157,7 +156,7 @@ def main_worker(args):
         if args.num_clusters and epoch >= args.warmup_epochs and not run["clusterings"]:
             run["clusterings"], run["figures"] = e_step(model, train, args, epoch)
         batches.epoch, batches.start = epoch, run["step"]
-        m_step(ddp, optimizer, scaler, images, run, args, log, save_run)
+        m_step(ddp, optimizer, scaler, views, run, args, log, save_run)
         figures = dict(epoch=epoch + 1, step=(epoch + 1) * run["steps"], **run["figures"])
         if monitored and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
             figures["knn"] = monitor()
@@ -263,14 +262,13 @@ def embed(encoder, data, args):
     `builder.gather(x)[:n]` is then all n images, each once, in order.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    shard = loader.Evaluation(data, loader.centre_crop(args.crop_size, data.statistics), rank, world_size)
     training, start, rows = encoder.training, 0, -(-len(data) // world_size)
     encoder.eval()
     dim = encoder(torch.zeros(1, 3, args.crop_size, args.crop_size, device=args.device)).shape[1]
     v, labels = torch.zeros(rows, dim, device=args.device), torch.full((rows,), -1, device=args.device)
-    for image, label in make_loader(shard, args, batch_size=max(1, args.batch_size // world_size)):
+    for image, label in loader.evaluation(data, args.crop_size, args.device, EVALUATION_BATCH, rank, world_size, args.workers):
         with autocast(args):
-            v[start:start + len(image)] = encoder(image.to(args.device, non_blocking=True)).float()
+            v[start:start + len(image)] = encoder(image).float()
         labels[start:start + len(image)] = label.to(args.device, non_blocking=True)
         start += len(image)
     encoder.train(training)
@@ -303,16 +301,17 @@ def knn(backbone, train, val, args, k=20, temperature=0.07):
 # ------------------------------------------------------------------------------------------------------------- M-step
 
 
-def m_step(ddp, optimizer, scaler, images, run, args, log, save_run):
+def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
     """The rest of the run's epoch: for each batch momentum update, keys, queries, loss, backward, optimizer, enqueue."""
     model, epoch = ddp.module, run["epoch"]
     model.train()
-    for step, (im_q, im_k, index, _), report in steps(images, run, args, log, save_run):
+    for step, (im_q, im_k, index, _), report in steps(views, run, args, log, save_run):
         report["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(epoch + step / run["steps"], args)
         permutation = torch.randperm(args.batch_size, generator=generator("cpu", args.seed, epoch, step, "shuffle"))
         with autocast(args):
             q, k = ddp(im_q, im_k, permutation.to(args.device))
-        loss, terms = pauc(q, k, index, model.queue, run["clusterings"], args, epoch, step)
+        keys = min((epoch * run["steps"] + step) * args.batch_size, args.queue_size)  # that the queue holds by now
+        loss, terms = pauc(q, k, index, model.queue[:, :keys], run["clusterings"], args, epoch, step)
         optimizer.zero_grad()
         scaler.scale(loss).backward()
         report.update(mean_over_processes({"loss": loss, **terms}, run, args))
@@ -324,13 +323,13 @@ def m_step(ddp, optimizer, scaler, images, run, args, log, save_run):
 def pauc(q, k, index, queue, clusterings, args, epoch, step):
     """The loss: L_ins + mean over clusterings [L_proto + w_a L_align + w_u L_uniform + w_c L_corr], and its terms by name.
 
-    q: (n, C) queries of this process, k: (N, C) keys of all, index: (n,) of q's images in the data set. L_ins is over this
+    q: (n, C) queries of this process, k: (N, C) keys of all, index: (N,) of their images in the data set. L_ins is over this
     process's rows; the others are over the whole batch, the same on every process. What is in `terms` is logged.
     """
     n, rank = len(q), dist.get_rank()
     terms = dict(zip(("loss_ins", "acc_ins"), losses.info_nce(q, k[rank * n:(rank + 1) * n], queue, args.temperature)))
     if clusterings:
-        q, index = builder.gather_with_gradient(q), builder.gather(index)  # the whole batch: NxC, N
+        q = builder.gather_with_gradient(q)  # the whole batch: NxC
         each = [prototype_terms(q, k, assignments[index], prototypes, concentration, args,
                                 generator(args.device, args.seed, epoch, step, m))
                 for m, (assignments, prototypes, concentration) in enumerate(clusterings)]
@@ -501,14 +500,10 @@ def open_data(args):
     """The training set and the validation set or None. On each node one process goes first, and downloads if need be."""
     if args.local_rank > 0:
         dist.barrier()
-    train, val = (loader.load(args.dataset, args.dir, split, args.classes) for split in ("train", "val"))
+    train, val = (loader.load(args.dataset, args.dir, split, args.classes, args.device) for split in ("train", "val"))
     if args.local_rank == 0:
         dist.barrier()
     return train, val
-
-
-def make_loader(data, args, **options):
-    return DataLoader(data, num_workers=args.workers, pin_memory=args.device.type == "cuda", **options)
 
 
 def autocast(args):
@@ -519,13 +514,13 @@ def autocast(args):
 # -------------------------------------------------------------------------------- steps
 
 
-def steps(images, run, args, log, save_run):
-    """The rest of the run's epoch: yields each step, its batch on the device, and a dict for what the step reports."""
+def steps(views, run, args, log, save_run):
+    """The rest of the run's epoch: yields each step, its batch, and a dict for what the step reports."""
     clock, counted = time.time(), 0
     with log.bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"]) as bar:
-        for step, batch in enumerate(images, run["step"]):
+        for step, batch in enumerate(views, run["step"]):
             report = {}
-            yield step, [x.to(args.device, non_blocking=True) for x in batch], report
+            yield step, batch, report
             run["step"], counted = step + 1, counted + 1
             bar.update()
             total = run["epoch"] * run["steps"] + run["step"]

@@ -43,7 +43,7 @@ def call(capsys):
 def script(*argv, launcher=(sys.executable,), timeout=300, **environment):
     """Run a script as a user does: the finished process, with its output as text."""
     return subprocess.run([*launcher, *map(str, argv)], cwd=REPO, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | environment)
+                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # a second one slows small networks down
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +68,6 @@ def image_folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def torch_settings():
-    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
     torch.set_default_dtype(torch.float32)
-    torch.set_num_threads(threads)

@@ -16,7 +16,9 @@ import pretrain
 
 def small_moco(seed=0, dim=8, queue_size=20, **options):
     torch.manual_seed(seed)
-    return builder.MoCo("shufflenet_v2_x0_5", dim, queue_size, momentum=0.9, small_images=True, **options)
+    model = builder.MoCo("shufflenet_v2_x0_5", dim, queue_size, momentum=0.9, small_images=True, **options)
+    model.queue.copy_(F.normalize(torch.randn(dim, queue_size), dim=0))
+    return model
 
 
 def test_queue_wraps_around(group):
@@ -151,7 +153,7 @@ def train_two_steps(rank, world_size, bn_splits, path):
         im_q, im_k = torch.randn(2, N, 3, 8, 8, generator=fixed).double()
         index, permutation = torch.randperm(40, generator=fixed)[:N], torch.randperm(N, generator=fixed)
         q, k = ddp(im_q[rows], im_k[rows], permutation)
-        loss, terms = pretrain.pauc(q, k, index[rows], model.queue, clusterings, args, epoch=3, step=step)
+        loss, terms = pretrain.pauc(q, k, index, model.queue, clusterings, args, epoch=3, step=step)
         optimizer.zero_grad()
         loss.backward()
         report = torch.stack([loss.detach(), *(term.detach().double() for term in terms.values())])

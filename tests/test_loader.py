@@ -1,12 +1,11 @@
-"""Data sets, any mode of image, keyed views, sharding."""
+"""Data sets, any mode of image, augmentation against torchvision's, keyed views, sharding."""
 import gzip
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from torchvision import transforms
-from torchvision.transforms import functional
+from PIL import Image, ImageFilter
+from torchvision.transforms import RandomResizedCrop, functional
 
 import loader
 
@@ -16,13 +15,13 @@ def test_digits_are_split_once_and_stratified():
     assert (len(train), len(val), train.num_classes) == (1437, 360, 10)
     share = torch.bincount(train.labels) / len(train) - torch.bincount(val.labels) / len(val)
     assert share.abs().max() < 0.005
-    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in val.images[:50]}
+    assert not {image.numpy().tobytes() for image in train.images} & {image.numpy().tobytes() for image in val.images}
 
 
 def test_statistics_standardise_the_training_images():
     train = loader.load("digits", None, "train")
     mean, std = train.statistics
-    x = torch.from_numpy(train.images).double() / 255
+    x = train.images.double() / 255
     assert mean == pytest.approx([x.mean().item()] * 3) and std == pytest.approx([x.std(correction=0).item()] * 3)
 
 
@@ -34,8 +33,7 @@ def test_fashion_mnist_is_read_from_gz_alone(tmp_path):
         (raw / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
         (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes([0, 1, 2, 3, 2, 9])))
     data = loader.load("fashionmnist", tmp_path, "val")
-    image, label = data[5]
-    assert image.mode == "RGB" and (np.asarray(image) == images[5][:, :, None]).all() and label == 9
+    assert (data.images[:, 0].numpy() == images).all() and data.labels.tolist() == [0, 1, 2, 3, 2, 9]
     assert sorted(path.suffix for path in raw.iterdir()) == [".gz"] * 4
 
 
@@ -83,68 +81,211 @@ def test_an_unreadable_image_is_named(tmp_path):
         loader.load("folder", tmp_path, "train")[0]
 
 
-def test_augmentation_has_mocos_parameters():
-    v1 = loader.augmentation("v1", 224, loader.IMAGENET_STATISTICS, 0.2).transforms
-    crop, grey, jitter, flip = v1[:4]
-    assert crop.size == (224, 224) and crop.scale == (0.2, 1) and grey.p == 0.2 and flip.p == 0.5
-    assert jitter.brightness == jitter.contrast == jitter.saturation == (0.6, 1.4) and jitter.hue == (-0.4, 0.4)
-    v2 = loader.augmentation("v2", 224, loader.IMAGENET_STATISTICS, 0.2).transforms
-    assert [type(step).__name__ for step in v2] == ["RandomResizedCrop", "RandomApply", "RandomGrayscale", "RandomApply",
-                                                    "RandomHorizontalFlip", "ToTensor", "Normalize"]
-    assert v2[1].p == 0.8 and v2[1].transforms[0].hue == (-0.1, 0.1) and v2[2].p == 0.2 and v2[3].p == 0.5
-    small = loader.augmentation("v2", 32, loader.IMAGENET_STATISTICS, 0.2).transforms
-    assert len(small) == len(v2) - 1  # no blur
+# ----------------------------------------------------------------------------- each operation against torchvision's, by image
 
 
-def test_evaluation_is_the_resized_centre():
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8))
-    expected = functional.center_crop(functional.resize(image, 256), 224)
-    view = loader.centre_crop(224, ((0, 0, 0), (1, 1, 1)))(image)
-    torch.testing.assert_close(view, transforms.ToTensor()(expected))
+def photo(height=48, width=48, seed=0):
+    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
 
 
-def views(seed):
-    train = loader.load("digits", None, "train")
-    return loader.Views(train, loader.augmentation("v2", 8, train.statistics, 0.2), seed)
+def images(n=8, size=48):
+    return torch.stack([photo(size, size, seed) for seed in range(n)]).float() / 255
 
 
-def test_views_depend_on_seed_epoch_and_index_alone():
+FACTORS = torch.tensor([0.6, 1.4, 1.0, 0.83, 1.17, 0.7, 1.3, 0.95])
+
+
+@pytest.mark.parametrize("operation, reference", [
+    (0, functional.adjust_brightness), (1, functional.adjust_contrast), (2, functional.adjust_saturation)])
+def test_blend_is_torchvisions_for_each_image(operation, reference):
+    x = images()
+    factors = torch.full((8, 3), 9.0)
+    factors[:, operation] = FACTORS
+    out = loader._blend(x, torch.full((8,), operation), factors, torch.arange(8) != 7)
+    for i in range(7):
+        torch.testing.assert_close(out[i], reference(x[i], FACTORS[i].item()), atol=2e-4, rtol=0)  # its luma has 4 digits
+    assert torch.equal(out[7], x[7])  # not its turn
+
+
+def test_hue_is_torchvisions_for_each_image():
+    x = images()
+    x[6] = x[6, :1]  # grey has no hue
+    shift = torch.tensor([-0.4, -0.1, 0.0, 0.1, 0.4, 0.25, 0.3, -0.5])
+    out = loader.shift_hue(x, shift)
+    for i in range(8):
+        torch.testing.assert_close(out[i], functional.adjust_hue(x[i], shift[i].item()), atol=1e-5, rtol=0)
+
+
+def test_grey_is_torchvisions():
+    x = images()
+    torch.testing.assert_close(loader.grey(x), functional.rgb_to_grayscale(x), atol=2e-4, rtol=0)
+
+
+def test_blur_is_a_gaussian_with_the_edge_repeated_and_near_pils():
+    sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
+    x = images(5)
+    out = loader.blur(x, sigma)
+    for i, s in enumerate(sigma.tolist()):
+        padded = torch.nn.functional.pad(x[i:i + 1], [8] * 4, mode="replicate")[0]
+        torch.testing.assert_close(out[i], functional.gaussian_blur(padded, 17, s)[:, 8:-8, 8:-8], atol=1e-5, rtol=0)
+        smooth = functional.to_pil_image(functional.gaussian_blur(x[i], 9, 1.5))  # a photograph has no white noise
+        ours = loader.blur(functional.to_tensor(smooth)[None], sigma[i:i + 1])[0]
+        pils = functional.to_tensor(smooth.filter(ImageFilter.GaussianBlur(s)))
+        assert (ours - pils).abs().max() < 4 / 255
+
+
+def draws(n):
+    return torch.rand(n, loader.Augment.draws, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("hue", [0.1, 0.4])
+def test_jitter_is_torchvisions_operations_in_every_order(hue):
+    x, u = images(64, 12), draws(64)
+    out, orders = loader.Augment("v2", 12, loader.IMAGENET_STATISTICS).jitter(x, u, hue), set()
+    for i in range(64):
+        brightness, contrast, saturation, shift = (0.6 + 0.8 * u[i, 5:8]).tolist() + [hue * (2 * u[i, 8].item() - 1)]
+        steps = [lambda y: functional.adjust_brightness(y, brightness), lambda y: functional.adjust_contrast(y, contrast),
+                 lambda y: functional.adjust_saturation(y, saturation), lambda y: functional.adjust_hue(y, shift)]
+        expected, order = x[i], u[i, 9:13].argsort().tolist()
+        for step in order:
+            expected = steps[step](expected)
+        torch.testing.assert_close(out[i], expected, atol=2e-3, rtol=0)
+        orders.add(tuple(order))
+    assert len(orders) > 18  # of 24
+
+
+@pytest.mark.parametrize("aug, size, shares", [("v1", 64, (1, 0.2, 0, 0.5)), ("v2", 32, (0.8, 0.2, 0, 0.5)),
+                                               ("v2", 64, (0.8, 0.2, 0.5, 0.5)), ("crop", 32, (0, 0, 0, 0.5))])
+def test_mocos_probabilities(aug, size, shares, monkeypatch):
+    """Each operation is replaced by one that adds a power of two, so that the sum tells which were applied."""
+    monkeypatch.setattr(loader.Augment, "jitter", lambda self, x, u, hue: x + 1)
+    monkeypatch.setattr(loader, "grey", lambda x: x + 2)
+    monkeypatch.setattr(loader, "blur", lambda x, sigma: x + 4)
+    mirrored = torch.zeros(2000, 3, size, size)
+    mirrored[..., 0] = 8
+    out = loader.Augment(aug, size, ((0, 0, 0), (1, 1, 1)))(mirrored, draws(2000))
+    applied = out.amax((1, 2, 3)).int() - 8
+    found = [(applied & bit > 0).double().mean().item() for bit in (1, 2, 4)] + [(out[:, 0, 0, -1] >= 8).double().mean().item()]
+    assert found == pytest.approx(shares, abs=0.035)  # 3 standard deviations
+
+
+def test_random_boxes_are_distributed_as_torchvisions():
+    u = torch.rand(4000, 10, 4, generator=torch.Generator().manual_seed(0))
+    ours = loader.random_boxes(u, 40, 60, 0.2)
+    torch.manual_seed(0)
+    theirs = torch.tensor([RandomResizedCrop.get_params(photo(40, 60), (0.2, 1), (3 / 4, 4 / 3)) for _ in range(4000)])
+    assert ((ours == ours.round()) & (ours >= 0)).all()
+    assert (ours[:, 0] + ours[:, 2]).max() == 40 and (ours[:, 1] + ours[:, 3]).max() == 60
+    for column in range(4):
+        a, b = ours[:, column].sort().values, theirs[:, column].float().sort().values
+        assert (a - b).abs().mean() < 0.6, column  # the distance between the two distributions, in pixels
+
+
+def test_a_box_that_never_fits_is_the_whole_image():
+    assert loader.random_boxes(torch.ones(1, 10, 4) * 0.99, 10, 1000, 0.9).tolist() == [[0, 0, 10, 1000]]
+
+
+@pytest.mark.parametrize("size", [8, 20, 33])
+def test_resample_is_pils_bilinear_of_each_box(size):
+    x = torch.stack([photo(40, 30, seed) for seed in range(5)])
+    boxes = torch.tensor([[0, 0, 40, 30], [5, 3, 9, 11], [0, 7, 33, 12], [30, 20, 10, 10], [1, 1, 8, 20]])
+    out = loader.resample(x, boxes.float(), size)
+    for i, (top, left, height, width) in enumerate(boxes.tolist()):
+        crop = Image.fromarray(x[i].permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
+        expected = functional.to_tensor(crop.resize((size, size), Image.BILINEAR))
+        torch.testing.assert_close(out[i], expected, atol=1.1 / 255, rtol=0)  # PIL rounds twice to 8 bits
+
+
+def test_the_augmentation_is_one_graph():
+    augment = loader.Augment("v2", 64, loader.IMAGENET_STATISTICS)
+    compiled = torch.compile(augment, fullgraph=True, backend="eager")
+    x, u = (images(4, 64) * 255).to(torch.uint8), draws(4)
+    torch.testing.assert_close(compiled(x, u), augment(x, u))
+
+
+def test_evaluation_of_a_file_is_its_resized_centre(tmp_path):
+    Image.fromarray(photo(300, 400).permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
+    data = loader.load("folder", tmp_path, "train")
+    (x, labels), = loader.evaluation(data, 224, "cpu", batch_size=4)
+    resized = functional.resize(Image.open(tmp_path / "x.png"), 256)
+    expected = functional.normalize(functional.to_tensor(functional.center_crop(resized, 224)), *data.statistics)
+    assert (x[0] - expected).abs().max() < 1.1 / 255 / 0.224 and labels.tolist() == [-1]
+
+
+def test_evaluation_in_memory_is_the_resized_centre():
+    data = loader.Arrays(torch.stack([photo(64, 64, seed) for seed in range(3)]).permute(0, 2, 3, 1).numpy(), [0, 1, 2])
+    (x, _), (last, labels) = loader.evaluation(data, 56, "cpu", batch_size=2)
+    image = data.images[2].float() / 255  # 256/224 of 56 is 64: the middle 56 pixels as they are
+    torch.testing.assert_close(last[0], functional.normalize(image[:, 4:-4, 4:-4], *data.statistics), atol=1e-5, rtol=0)
+    assert len(x) == 2 and labels.tolist() == [2]
+
+
+# ------------------------------------------------------------------------------------------------- keyed random numbers
+
+
+def views(data, seed=0, epoch=2, workers=0, **place):
+    batches = loader.Batches(len(data), 8, seed, **place)
+    batches.epoch = epoch
+    return loader.Views(data, batches, loader.Augment("v2", 16, data.statistics), "cpu", workers=workers)
+
+
+@pytest.fixture(params=["memory", "files"])
+def data(request, image_folder):
+    return loader.load("folder", image_folder, "train") if request.param == "files" else loader.load("digits", None, "val")
+
+
+def test_views_depend_on_seed_and_epoch_alone(data):
     torch.manual_seed(1)
-    first = views(0)[3, 7]
-    views(0)[2, 5]
+    first = next(iter(views(data)))
     torch.manual_seed(2)
-    state = torch.get_rng_state()
-    again = views(0)[3, 7]
-    assert torch.equal(torch.get_rng_state(), state)  # nobody else's random numbers are touched
-    assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1]) and first[2] == again[2] == 7
-    assert not torch.equal(first[0], first[1])
-    for other in (views(1)[3, 7], views(0)[4, 7]):
-        assert not torch.equal(first[0], other[0])
+    again = next(iter(views(data)))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    im_q, im_k, index, labels = first
+    assert not torch.equal(im_q, im_k) and torch.equal(labels, data.labels[index])
+    for other in (views(data, seed=1), views(data, epoch=3)):
+        assert not torch.equal(next(iter(other))[0], im_q)
+
+
+def test_views_are_of_the_images_that_they_name(data, monkeypatch):
+    monkeypatch.setattr(loader.Augment, "forward", lambda self, x, u: x * 1.0)
+    batches = views(data)
+    batches.min_scale = 1.0
+    if not isinstance(data, loader.Arrays):
+        monkeypatch.setattr(RandomResizedCrop, "get_params", lambda image, *_: (0, 0, *image.shape[1:]))
+    _, im_k, index, _ = next(iter(batches))
+    for i in range(8):
+        image = data.images[index[i]].expand(3, -1, -1) if isinstance(data, loader.Arrays) else data[index[i]][0]
+        expected = functional.resize(image, [16, 16], antialias=True).float().mean()
+        assert abs(im_k[i].mean() * (255 if isinstance(data, loader.Arrays) else 1) - expected) < 12
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_views_are_the_same_for_any_number_of_workers(workers):
-    def epoch(workers):
-        batches = loader.Batches(40, 8, seed=0)
-        batches.epoch = 2
-        return list(torch.utils.data.DataLoader(views(0), batch_sampler=batches, num_workers=workers))
-    for a, b in zip(epoch(0), epoch(workers), strict=True):
+def test_views_are_the_same_for_any_number_of_workers(workers, image_folder):
+    data = loader.load("folder", image_folder, "train")
+    for a, b in zip(views(data), views(data, workers=workers), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def test_processes_share_out_the_global_batch_and_drop_an_incomplete_one():
-    whole = [[i for _, i in batch] for batch in loader.Batches(23, 6, seed=0)]
-    parts = [[[i for _, i in batch] for batch in loader.Batches(23, 6, 0, rank, 3)] for rank in range(3)]
-    assert len(whole) == 3 and len(set(sum(whole, []))) == 18
-    assert whole == [sum(step, []) for step in zip(*parts)]
+def test_processes_share_out_the_views_of_the_global_batch(data):
+    whole = next(iter(views(data)))
+    parts = [next(iter(views(data, rank=rank, world_size=2))) for rank in range(2)]
+    for i in (0, 1, 3):
+        torch.testing.assert_close(torch.cat([part[i] for part in parts]), whole[i])
+    assert torch.equal(parts[0][2], whole[2]) and torch.equal(parts[1][2], whole[2])
 
 
-def test_an_epoch_goes_on_at_its_step():
-    batches = loader.Batches(50, 5, seed=3)
-    batches.epoch = 4
+def test_an_epoch_goes_on_at_its_step(data):
+    batches = views(data)
     whole = list(batches)
-    batches.start = 7
-    assert list(batches) == whole[7:] and len(batches) == 3
+    batches.batches.start = 4
+    rest = list(batches)
+    assert len(batches.batches) == len(rest) == len(whole) - 4
+    assert all(torch.equal(x, y) for a, b in zip(rest, whole[4:], strict=True) for x, y in zip(a, b))
+
+
+def test_batches_hold_each_image_at_most_once_and_drop_an_incomplete_one():
+    whole = [index.tolist() for _, index in loader.Batches(23, 6, seed=0).whole()]
+    assert [len(batch) for batch in whole] == [6] * 3 and len(set(sum(whole, []))) == 18
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 12, 13])
