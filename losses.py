@@ -7,6 +7,7 @@
 
 N images of the global batch, C dimensions, Q queue length, P prototypes, J distinct prototypes in the batch.
 Losses are 0-dim and keep the dtype and device of their input; call them in float32 or float64, outside autocast.
+Assignments may be on the CPU when the rest is on a GPU: then no loss waits for the GPU.
 An `accuracy` is how often the positive has the largest logit: a detached fraction in [0, 1].
 """
 import math
@@ -34,7 +35,7 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
 
     S is a set, unlike in PCL's code, where two images of one prototype are each other's negatives.
     """
-    num_prototypes = len(prototypes)
+    num_prototypes, assignments = len(prototypes), assignments.to(q.device, non_blocking=True)
     if num_negatives is None or num_negatives >= num_prototypes:
         return _cross_entropy(q @ prototypes.T / concentration, assignments)
     # Touched prototypes first, the others behind them in random order. The number J of those touched stays on the
@@ -58,8 +59,9 @@ def prototype_features(z, assignments):
     z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows and ids (J,), the distinct assignments in
     ascending order. The same assignments give the rows of both views in the same order.
     """
-    ids = assignments.unique()
-    members = (ids[:, None] == assignments).to(z.dtype)  # JxN
+    ids, row = assignments.unique(return_inverse=True)
+    row = row.to(z.device, non_blocking=True)
+    members = (torch.arange(len(ids), device=z.device)[:, None] == row).to(z.dtype)  # JxN
     return F.normalize(members @ z, dim=1), ids
 
 

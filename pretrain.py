@@ -78,8 +78,10 @@ def parse_args(argv=None):
     add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
         help="prototypes of each clustering; 0: MoCo (default: 50, 25 and 12 images a prototype)")
     add("--num-negatives", "--pcl-r", type=natural, default=16384, help="negative prototypes of ProtoNCE")
-    add("--kmeans-iters", type=positive(int), default=20)
-    add("--kmeans-restarts", type=positive(int), default=5)
+    add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
+    add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
+    add("--kmeans-init", choices=("auto", "spread", "random"), default="auto",
+        help="first centroids: images far apart (AFK-MC2) or any, as in PCL; auto: far apart up to 4096")
     add("--align", type=natural_float, default=1.0, help="weight of the alignment term")
     add("--uniform", type=natural_float, default=1.0, help="weight of the uniformity term")
     add("--corr", type=natural_float, default=1.0, help="weight of the correlation term")
@@ -135,7 +137,8 @@ def main_worker(args):
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
         run = {name: checkpoint[name] for name in run}
-        run["clusterings"] = [tuple(part.to(args.device) for part in clustering) for clustering in run["clusterings"]]
+        run["clusterings"] = [(assignments, prototypes.to(args.device), concentration.to(args.device))
+                              for assignments, prototypes, concentration in run["clusterings"]]
     log = Log(args, checkpoint)
 
     def save_run(name="checkpoint.pth"):
@@ -178,7 +181,8 @@ def e_step(model, train, args, epoch):
     """Embed every training image, cluster the embeddings, and look at what the clusters are like.
 
     Returns the clusterings, each (assignments (n,) long, prototypes (P, C) unit rows, concentration (P,)), and a dict of
-    figures. The same on every process; the clusterings are spread over them.
+    figures. The same on every process; the clusterings are spread over them. Assignments stay on the CPU, as the indices of
+    a batch do: the number of prototypes that a batch touches is then known without waiting for the device.
     """
     start = time.time()
     model.share_running_statistics()
@@ -190,16 +194,17 @@ def e_step(model, train, args, epoch):
     embedded = time.time()
     mine = {m: kmeans(v, size, loader.key(args.seed, epoch, "k-means", m), args) for m, size in enumerate(args.num_clusters)
             if m % dist.get_world_size() == dist.get_rank()}
-    clusterings, objectives = [], []
+    clusterings, objectives, each = [], [], []
     for m, size in enumerate(args.num_clusters):
         result = mine.get(m) or (torch.empty(len(v), dtype=torch.long, device=v.device), v.new_empty(size, args.dim),
                                  v.new_empty(size), v.new_empty((), dtype=torch.float64))
         for part in result:
             dist.broadcast(part, src=m % dist.get_world_size())
-        clusterings.append(result[:3])
-        objectives.append(result[3].item())
+        assignments, prototypes, phi, objective = result
+        clusterings.append((assignments.cpu(), prototypes, phi))
+        objectives.append(objective.item())
+        each.append(coagulation(v, assignments, prototypes))
     clustered = time.time()
-    each = [coagulation(v, assignments, prototypes) for assignments, prototypes, _ in clusterings]
     figures = {name: [figure[name] for figure in each] for name in each[0]}
     figures.update(effective_rank=effective_rank(v), kmeans_objective=objectives, seconds_embed=embedded - start,
                    seconds_kmeans=clustered - embedded)
@@ -215,6 +220,8 @@ def kmeans(v, num_clusters, seed, args):
     x = v.cpu().numpy()
     clustering = faiss.Clustering(x.shape[1], num_clusters)
     clustering.niter, clustering.nredo, clustering.seed = args.kmeans_iters, args.kmeans_restarts, seed % 2 ** 31
+    spread = args.kmeans_init == "spread" or args.kmeans_init == "auto" and num_clusters <= 4096  # its cost grows with P^2
+    clustering.init_method = faiss.ClusteringInitMethod_AFK_MC2 if spread else faiss.ClusteringInitMethod_RANDOM
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 1000  # PCL's; more points are subsampled
     if args.device.type == "cuda" and faiss.get_num_gpus() > 0:
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, faiss.IndexFlatL2(x.shape[1]))
