@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import math
 import os
+import signal
 import zlib
 from pathlib import Path
 
@@ -195,9 +196,8 @@ class Views:
         self.data, self.batches, self.augment, self.device = data, batches, augment.to(device), device
         self.views, self.min_scale = views, min_scale
         if isinstance(data, Files):
-            self.crops = DataLoader(RandomCrops(data, augment.size, batches.seed, views, min_scale), batch_sampler=batches,
-                                    num_workers=workers, persistent_workers=workers > 0,
-                                    pin_memory=torch.device(device).type == "cuda")
+            self.crops = in_workers(RandomCrops(data, augment.size, batches.seed, views, min_scale), workers, device,
+                                    batch_sampler=batches, persistent_workers=workers > 0)
 
     def __iter__(self):
         crops = iter(self.crops) if isinstance(self.data, Files) else None
@@ -355,8 +355,7 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
     rows, resized, normalise = shard(len(data), rank, world_size), size * 256 // 224, Augment("crop", size, data.statistics, False)
     normalise.to(device)
     if isinstance(data, Files):
-        crops = DataLoader(CentreCrops(data, size, resized), batch_size, sampler=rows, num_workers=workers,
-                           pin_memory=torch.device(device).type == "cuda")
+        crops = in_workers(CentreCrops(data, size, resized), workers, device, batch_size=batch_size, sampler=rows)
         for x, labels in crops:
             yield normalise(x.to(device, non_blocking=True)), labels
         return
@@ -375,6 +374,19 @@ class CentreCrops(Dataset):
     def __getitem__(self, i):
         image, label = self.data[i]
         return functional.center_crop(functional.resize(image, [self.resized], antialias=True), self.size), label
+
+
+def in_workers(data, workers, device, **options):
+    return DataLoader(data, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
+                      worker_init_fn=leave_signals_to_the_parent, **options)
+
+
+def leave_signals_to_the_parent(_):
+    """A signal to the whole job is not to kill a worker under a step that is to be finished. A second SIGTERM is: by it
+    multiprocessing ends what is left at exit."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def shard(total, rank, world_size):

@@ -81,8 +81,10 @@ def uniformity(p, t=2.0):
     """
     if len(p) < 2:
         return 0 * p.sum()
-    distances = torch.pdist(p).pow(2)  # the J(J-1)/2 pairs j < l
-    return torch.logsumexp(-t * distances, dim=0) - math.log(len(distances))
+    square = p.square().sum(1)
+    distances = square[:, None] + square - 2 * p @ p.T  # JxJ; torch.pdist's backward takes C times this memory
+    pairs = (-t * distances).fill_diagonal_(-math.inf)
+    return pairs.flatten().logsumexp(0) - math.log(len(p) * (len(p) - 1))
 
 
 def correlation(p, p_positive, off_diagonal=0.3):

@@ -14,12 +14,16 @@ import json
 import math
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
 import time
+import traceback
+import types
 import zipfile
 from contextlib import contextmanager
+from multiprocessing import connection
 from pathlib import Path
 
 import faiss
@@ -165,12 +169,12 @@ def main_worker(args):
             figures["knn"] = monitor()
         log.write(figures)
         run.update(epoch=epoch + 1, step=0, clusterings=[], figures={})
-        save_run()
         if args.keep_every and run["epoch"] % args.keep_every == 0:
             save_run(f"checkpoint_{run['epoch']:04d}.pth")
         if dist.get_rank() == 0:
             backbone = builder.read_backbone(model.state_dict())
             save(args.output / "backbone.pth", {name: value.cpu() for name, value in backbone.items()})
+        save_run()  # last: a run that is killed before it does all of this again
     log.close()
 
 
@@ -409,7 +413,7 @@ def fitted(name, asked, default, largest):
 # A resumed run must be the same model on the same data, in the same batches.
 FIXED = "dataset", "arch", "crop_size", "mlp", "dim", "queue_size", "batch_size", "num_clusters"
 FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", "dist_url", "print_every", "save_every",
-        "keep_every", "knn_every")
+        "keep_every", "knn_every", "bn_splits")
 
 
 def open_output(args, num_images, fixed=FIXED):
@@ -424,7 +428,7 @@ def open_output(args, num_images, fixed=FIXED):
     if not args.resume or args.resume == "auto" and not in_use:
         return None
     path = own if args.resume == "auto" else Path(args.resume)
-    checkpoint = load(path)
+    checkpoint = load_or_previous(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer", "args", "num_images"} <= checkpoint.keys():
         raise ValueError(f"--resume {path}: not a checkpoint of this script")
     now, then = plain(args), checkpoint["args"]
@@ -437,7 +441,14 @@ def open_output(args, num_images, fixed=FIXED):
     told = [changed[name] for name in changed if name not in FREE]
     if told and dist.get_rank() == 0:
         print(f"resumed with other flags than {', '.join(told)}", flush=True)
+    if checkpoint["bn_groups"] != bn_groups(args) and dist.get_rank() == 0:
+        print(f"resumed with BN over {bn_groups(args)} groups of the batch (processes x --bn-splits), not "
+              f"{checkpoint['bn_groups']}: no longer the same computation", flush=True)
     return checkpoint
+
+
+def bn_groups(args):
+    return dist.get_world_size() * getattr(args, "bn_splits", 1)
 
 
 def flag(name, value):
@@ -510,6 +521,8 @@ def open_data(args):
     train, val = (loader.load(args.dataset, args.dir, split, args.classes, args.device) for split in ("train", "val"))
     if args.local_rank == 0:
         dist.barrier()
+    if val is not None:
+        val.statistics = train.statistics
     return train, val
 
 
@@ -524,7 +537,7 @@ def autocast(args):
 def steps(views, run, args, log, save_run):
     """The rest of the run's epoch: yields each step, its batch, and a dict for what the step reports."""
     clock, counted = time.time(), 0
-    with log.bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"]) as bar:
+    with deferred_signals(), log.bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"]) as bar:
         for step, batch in enumerate(views, run["step"]):
             report = {}
             yield step, batch, report
@@ -534,18 +547,29 @@ def steps(views, run, args, log, save_run):
             if total % args.print_every == 0:
                 speed, clock, counted = counted * args.batch_size / (time.time() - clock), time.time(), 0
                 log.write(dict(epoch=run["epoch"] + 1, step=total, **report, images_per_s=speed), bar)
-            if args.save_every and total % args.save_every == 0:
+            if stop.agreed or args.save_every and total % args.save_every == 0:
                 save_run()
+            if stop.agreed:
+                if log.speaks:
+                    print(f"stopped by {signal.Signals(stop.agreed).name} after step {total}, and saved: --resume auto goes on")
+                raise Stopped(stop.agreed)
 
 
 def mean_over_processes(terms, run, args):
     """{name: 0-dim tensor} -> {name: float}, their means: one collective, and the step's one wait for the device.
 
-    Raises FloatingPointError where one is not finite; call it before the optimizer's step.
+    The processes also agree here whether a signal ends the run after this step. Raises FloatingPointError where a mean is
+    not finite; call it before the optimizer's step.
     """
     values = torch.stack([term.detach().float() for term in terms.values()])
+    values = torch.cat([values, values.new_full((1,), float(stop.caught))])
     dist.all_reduce(values)
-    means = dict(zip(terms, (values / dist.get_world_size()).tolist()))
+    *values, caught = (values / dist.get_world_size()).tolist()
+    means = dict(zip(terms, values))
+    if caught:  # by one process or more
+        number = torch.tensor(stop.caught, device=args.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        stop.agreed = int(number)
     if not all(map(math.isfinite, means.values())):
         raise FloatingPointError(f"epoch {run['epoch'] + 1}, step {run['step'] + 1}: the loss is not finite; the last "
                                  f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
@@ -557,6 +581,9 @@ def mean_over_processes(terms, run, args):
 
 class UsageError(Exception):
     """What the user asked for cannot be: one line, exit status 2."""
+
+
+KNOWN = UsageError, OSError, FloatingPointError  # whose message says all that there is to say
 
 
 @contextmanager
@@ -572,15 +599,18 @@ def launch(worker, args):
     """Run worker(args) in every process of the job, each with `local_rank`, `device` and a process group.
 
     Under torchrun this is one of them. Else it starts them, one on every GPU or --nproc, and waits; one alone runs here.
-    Ends the interpreter with the job's status when it fails: 2 for usage, 1 for the rest.
+    Ends the interpreter with the job's status: 2 for usage, 1 for other failures, 128 + the signal's number for SIGTERM and
+    SIGINT, 0 for SIGUSR1.
     """
     try:
         cuda = args.device != "cpu" and torch.cuda.is_available()
         if args.device == "cuda" and not cuda:
             raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
         if "TORCHELASTIC_RUN_ID" in os.environ:
+            store, rank, world_size = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # it outlives a restart
             return run(int(os.environ["LOCAL_RANK"]), worker, args, cuda, int(os.environ["LOCAL_WORLD_SIZE"]),
-                       dict(init_method="env://"), None)
+                       dict(store=store, rank=rank, world_size=world_size), None)
         nproc = args.nproc or (torch.cuda.device_count() if cuda else 1)
         if cuda and nproc > torch.cuda.device_count():
             raise UsageError(f"--nproc {nproc}: the largest that works here is {torch.cuda.device_count()}, one for each GPU")
@@ -589,20 +619,45 @@ def launch(worker, args):
         if args.rank >= args.world_size:
             raise UsageError(f"--rank {args.rank}: of {args.world_size} nodes, the last is {args.world_size - 1}")
     except UsageError as error:
-        fail(error, 2)
+        fail(error)
     with tempfile.TemporaryDirectory(prefix="pauc-") as meeting:
         url = args.dist_url if args.world_size > 1 else f"file://{meeting}/store"  # one node meets in a file: no open port
         if args.world_size == 1 and "lo" in (name for _, name in socket.if_nameindex()):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        group = dict(init_method=url, world_size=args.world_size * nproc)
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, "lo")
+        group = dict(init_method=url, rank=args.rank * nproc, world_size=args.world_size * nproc)
         if nproc == 1:
-            return run(0, worker, args, cuda, nproc, group, meeting)
-        try:
-            mp.spawn(run, (worker, args, cuda, nproc, group, meeting), nproc)
-        except mp.ProcessExitedException as error:
-            if error.exit_code > 0:  # it has said why
-                sys.exit(error.exit_code)
-            fail(f"process {error.error_index} was ended by {error.signal_name}", 1)
+            run(0, worker, args, cuda, nproc, group, meeting)
+        else:
+            supervise(mp.start_processes(run, (worker, args, cuda, nproc, group, meeting), nproc, join=False).processes, meeting)
+
+
+def supervise(processes, meeting):
+    """Wait for the processes of this node, hand signals on to them, and end with all of them when one has failed."""
+    def hand_on(number, _):
+        if number == signal.SIGINT == stop.caught:  # the second
+            number = signal.SIGKILL
+        stop.caught = number
+        for process in processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    with signal_handlers(hand_on):
+        while (running := [p.sentinel for p in processes if p.exitcode is None]) and not any(p.exitcode for p in processes):
+            connection.wait(running)
+        killed = [(i, p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0]
+        if killed and stop.caught != signal.SIGKILL:
+            speak(ChildProcessError(f"process {killed[0][0]} was ended by {signal.Signals(-killed[0][1]).name}"), meeting)
+        until = time.time() + 10
+        for process in processes:  # those that are left end by themselves, unless they wait for the one that is dead
+            process.join(max(0, until - time.time()))
+            process.kill()
+            process.join()
+    if stop.caught == signal.SIGKILL:
+        sys.exit(128 + signal.SIGINT)
+    status = 1 if killed else max(process.exitcode for process in processes)
+    if status:
+        sys.exit(0 if status == 128 + signal.SIGUSR1 else status)
 
 
 def run(local_rank, worker, args, cuda, nproc, group, meeting):
@@ -619,26 +674,88 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
         faiss.omp_set_num_threads(max(1, cores // nproc))
     if args.amp == "auto":
         args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
-    if "world_size" in group:
-        group["rank"] = args.rank * nproc + local_rank
-    dist.init_process_group("nccl" if cuda else "gloo", **group)
-    try:
-        worker(args)
-    except (UsageError, OSError, FloatingPointError) as error:
-        fail(error, 2 if isinstance(error, UsageError) else 1, meeting)
-    dist.destroy_process_group()
+    if meeting:
+        group["rank"] += local_rank
+    stop.caught = stop.agreed = 0
+    stop.deferred, stop.alone = False, meeting and nproc == 1
+    with signal_handlers(on_signal):
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo", **group)
+            worker(args)
+            dist.destroy_process_group()
+        except (Stopped, Exception) as error:
+            traceback.clear_frames(error.__traceback__)  # the data workers end with the loader that they belong to
+            stop.deferred = True  # a signal has nothing left to end
+            if "DataLoader worker" in str(error):
+                error = ChildProcessError(str(error))
+            if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
+                time.sleep(2)  # most likely another process has died, and can say of what
+            if stop.caught and not isinstance(error, KNOWN):
+                if not stop.agreed and args.rank == local_rank == 0:
+                    print(f"stopped by {signal.Signals(stop.caught).name}: --resume auto goes on from the last checkpoint")
+                spawned = meeting and nproc > 1  # there status 0 would say that this process has done its work
+                sys.exit(0 if stop.caught == signal.SIGUSR1 and not spawned else 128 + stop.caught)
+            fail(error, meeting)
 
 
-def fail(error, status, meeting=None):
-    """One line and the exit status; of several processes that `meeting` brought together, the first alone speaks."""
-    message = str(error).strip().splitlines()[-1].removeprefix("OSError: ")  # a data worker's comes with its traceback
+def fail(error, meeting=None):
+    speak(error, meeting)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def speak(error, meeting=None):
+    """Say what is wrong: in one line, with a traceback before it if it is a fault of the program. Of several processes that
+    `meeting` brought together the first alone speaks."""
     try:
         if meeting:
             os.close(os.open(Path(meeting) / "failed", os.O_CREAT | os.O_EXCL))
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     except FileExistsError:
-        pass
-    sys.exit(status)
+        return
+    if not isinstance(error, KNOWN):
+        traceback.print_exception(error)
+    message = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("OSError: ")  # a worker's has a traceback
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+
+
+# -------------------------------------------------------------------------------- signals
+
+# The signal that this process has caught, and the one that all of them know of and end by. While steps are made a signal
+# waits for the step's end; elsewhere it ends the process at once, since the last checkpoint is as good as a new one.
+stop = types.SimpleNamespace(caught=0, agreed=0, deferred=False, alone=True)
+
+
+class Stopped(BaseException):
+    """A signal ends the run."""
+
+
+def on_signal(number, _):
+    stop.caught = number
+    if number == signal.SIGINT and stop.alone:  # of several, each gets the terminal's and their parent's
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+    if not stop.deferred:
+        raise Stopped(number)
+
+
+@contextmanager
+def signal_handlers(handler):
+    """SIGTERM, SIGINT and SIGUSR1, which schedulers and people send, go to the handler in here."""
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, function in before.items():
+            signal.signal(number, function)
+
+
+@contextmanager
+def deferred_signals():
+    stop.deferred = True
+    try:
+        yield
+    finally:
+        stop.deferred = False
+    if stop.caught:
+        raise Stopped(stop.caught)
 
 
 # -------------------------------------------------------------------------------- checkpoints, log
@@ -651,19 +768,19 @@ def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **m
                                  f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
     if dist.get_rank() == 0:
         save(args.output / name, dict(run, arch=args.arch, state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
-                                      args=plain(args), log_size=log.size(), **more))
+                                      args=plain(args), bn_groups=bn_groups(args), log_size=log.size(), **more))
     dist.barrier()
 
 
 def save(path, state):
-    """Write a checkpoint whole or not at all: aside, flushed, renamed. The one before stays as NAME.prev.pth."""
+    """Write a file whole or not at all: aside, flushed, renamed. The checkpoint before stays as checkpoint.prev.pth."""
     new = path.with_suffix(".new")
     try:
         with open(new, "wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
+        if path.name == "checkpoint.pth" and path.exists():
             os.replace(path, path.with_suffix(".prev.pth"))
         os.replace(new, path)
     except (OSError, RuntimeError) as error:
@@ -685,6 +802,19 @@ def load(path):
         raise OSError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
+def load_or_previous(path):
+    """What is in a checkpoint file, or in the one before it where this one is damaged or was about to be replaced."""
+    previous = path.with_suffix(".prev.pth")
+    try:
+        return load(path)
+    except OSError as error:
+        if not previous.exists():
+            raise
+        if dist.get_rank() == 0:
+            print(f"{error}; taking {previous}, the one before", flush=True)
+        return load(previous)
+
+
 class Log:
     """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, TensorBoard in OUTPUT, and the terminal."""
 
@@ -698,7 +828,7 @@ class Log:
                 self.file.truncate(min(self.size(), checkpoint["log_size"]))
             else:
                 self.file.truncate(0)
-            self.board = SummaryWriter(args.output, 
+            self.board = SummaryWriter(args.output,
                                        purge_step=checkpoint and checkpoint["epoch"] * checkpoint["steps"]
                                        + checkpoint["step"] + 1)
 

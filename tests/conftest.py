@@ -1,4 +1,5 @@
 """Runs use a small network on real images: scikit-learn's digits, or files that the tests write from them."""
+import json
 import os
 import subprocess
 import sys
@@ -44,6 +45,36 @@ def script(*argv, launcher=(sys.executable,), timeout=300, **environment):
     """Run a script as a user does: the finished process, with its output as text."""
     return subprocess.run([*launcher, *map(str, argv)], cwd=REPO, capture_output=True, text=True, timeout=timeout,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # a second one slows small networks down
+
+
+def read_log(output):
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def untimed(log):
+    return [{name: value for name, value in line.items() if "second" not in name and name != "images_per_s"} for line in log]
+
+
+def assert_same(a, b, path=""):
+    """Bit for bit, through dicts and lists."""
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for name in a:
+            assert_same(a[name], b[name], f"{path}.{name}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, pair in enumerate(zip(a, b)):
+            assert_same(*pair, f"{path}[{i}]")
+    else:
+        assert a == b, path
+
+
+def same_ending(a, b):
+    a, b = (torch.load(output / "checkpoint.pth", weights_only=True) for output in (a, b))
+    for name in ("state_dict", "optimizer", "epoch", "step", "num_images"):
+        assert_same(a[name], b[name], name)
 
 
 @pytest.fixture(scope="session")
