@@ -120,7 +120,9 @@ class MoCo(nn.Module):
         q = F.normalize(self.encoder_q(im_q).to(self.queue.dtype), dim=1)  # queries: nxC
         with torch.no_grad():
             self.update_key_encoder()
-            n, rank = len(im_k), dist.get_rank()
+            n, rank, device = len(im_k), dist.get_rank(), im_k.device.type
+            if torch.is_autocast_enabled(device):  # what the first convolution would do: half the bytes to exchange
+                im_k = im_k.to(torch.get_autocast_dtype(device))
             im_k = gather(im_k)[permutation[rank * n:(rank + 1) * n]]
             k = gather(F.normalize(self.encoder_k(im_k).to(self.queue.dtype), dim=1))  # keys: NxC, permuted
             k = torch.empty_like(k).index_copy_(0, permutation, k)

@@ -361,7 +361,7 @@ def prototype_terms(q, k, assignments, prototypes, concentration, args, negative
         terms["loss_uniform"] = losses.uniformity(p, args.uniform_t)
     if args.corr:
         terms["loss_corr"] = losses.correlation(p, p_positive, args.corr_lambda)
-    terms["images_per_prototype"] = q.new_tensor(len(q) / len(p))
+    terms["images_per_prototype"] = q.new_full((), len(q) / len(p))  # unlike new_tensor it does not wait
     return terms
 
 
@@ -392,6 +392,8 @@ def fit(args, num_images):
         if not 2 <= size <= num_images:
             raise ValueError(f"--num-clusters {size}: give 0 alone for no clustering, or sizes from 2 to {num_images}, the "
                              f"number of training images")
+    if args.num_clusters and args.warmup_epochs >= args.epochs and dist.get_rank() == 0:
+        print(f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs} for prototypes: InfoNCE alone", flush=True)
 
 
 def fit_batch(args, num_images, default, bn_splits=1):
@@ -476,39 +478,24 @@ def summary(args, train, val):
 # -------------------------------------------------------------------------------- what both scripts need: arguments
 
 
-def positive(kind):
+def checked(kind, test, what):
     def parse(text):
         value = kind(text)
-        if not 0 < value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be a positive number, not {text}")
+        if not test(value):
+            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
         return value
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # argparse says it where the text is no number
     return parse
 
 
-def natural(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"must be 0 or more, not {text}")
-    return value
+def positive(kind):
+    return checked(kind, lambda value: 0 < value < math.inf, "a positive number")
 
 
-def natural_float(text):
-    return 0.0 if float(text) == 0 else positive(float)(text)
-
-
-def fraction(text):
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to under 1, not {text}")
-    return value
-
-
-def share(text):
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be over 0 and up to 1, not {text}")
-    return value
+natural = checked(int, lambda value: value >= 0, "0 or more")
+natural_float = checked(float, lambda value: 0 <= value < math.inf, "0 or more")
+fraction = checked(float, lambda value: 0 <= value < 1, "from 0 to under 1")
+share = checked(float, lambda value: 0 < value <= 1, "over 0 and up to 1")
 
 
 # -------------------------------------------------------------------------------- data
