@@ -203,16 +203,16 @@ class Views:
         crops = iter(self.crops) if isinstance(self.data, Files) else None
         for step, index in self.batches.whole():
             own, generator = index[self.batches.rows], torch.Generator().manual_seed(
-                key(self.batches.seed, self.batches.epoch, step))
-            draws = torch.rand(len(index), self.views, 40 + Augment.draws, generator=generator)[self.batches.rows]
-            draws = draws.flatten(0, 1).to(self.device, non_blocking=True)  # nV rows
+                key(self.batches.seed, self.batches.epoch, "step", step))
+            draws = torch.rand(len(index), self.views, Augment.draws + (0 if crops else 40), generator=generator)
+            draws = draws[self.batches.rows].flatten(0, 1).to(self.device, non_blocking=True)  # nV rows
             if crops:
                 x = next(crops).flatten(0, 1).to(self.device, non_blocking=True)
             else:
-                images = self.data.images[own.to(self.device)].repeat_interleave(self.views, dim=0)
-                x = resample(images, random_boxes(draws[:, :40].view(-1, 10, 4), *images.shape[2:], self.min_scale),
-                             self.augment.size)
-            x = self.augment(x, draws[:, 40:]).unflatten(0, (-1, self.views))
+                images = self.data.images[own.to(self.device, non_blocking=True)].repeat_interleave(self.views, dim=0)
+                boxes = random_boxes(draws[:, Augment.draws:].view(-1, 10, 4), *images.shape[2:], self.min_scale)
+                x = resample(images, boxes, self.augment.size)
+            x = self.augment(x, draws[:, :Augment.draws]).unflatten(0, (-1, self.views))
             yield *x.unbind(1), index, self.data.labels[own].to(self.device, non_blocking=True)
 
 
@@ -240,7 +240,8 @@ def random_boxes(u, height, width, min_scale, ratio=(3 / 4, 4 / 3)):
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     boxes = torch.stack([top, left, h, w], dim=-1)
     first = boxes[torch.arange(len(u), device=u.device), fits.to(torch.uint8).argmax(1)]
-    return torch.where(fits.any(1, keepdim=True), first, first.new_tensor([0, 0, height, width]))
+    whole = torch.stack([torch.full_like(u[:, 0, 0], side) for side in (0, 0, height, width)], dim=1)
+    return torch.where(fits.any(1, keepdim=True), first, whole)
 
 
 def resample(images, boxes, size):
@@ -307,7 +308,8 @@ class Augment(nn.Module):
 
 def grey(x):
     """(n, 3, S, S) -> (n, 1, S, S): ITU-R 601's luma."""
-    return (x * x.new_tensor([0.299, 0.587, 0.114]).view(3, 1, 1)).sum(1, keepdim=True)
+    r, g, b = x.split(1, dim=1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def shift_hue(x, shift):
@@ -352,8 +354,8 @@ def _each(x):
 def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
     """One process's shard of a data set, in batches: the images' centres (n, 3, size, size), normalised, on `device`, and
     their labels (n,). The centre is that of the image with its shorter side resized to 256/224 of `size`."""
-    rows, resized, normalise = shard(len(data), rank, world_size), size * 256 // 224, Augment("crop", size, data.statistics, False)
-    normalise.to(device)
+    rows, resized = shard(len(data), rank, world_size), size * 256 // 224
+    normalise = Augment("crop", size, data.statistics, flip=False).to(device)
     if isinstance(data, Files):
         crops = in_workers(CentreCrops(data, size, resized), workers, device, batch_size=batch_size, sampler=rows)
         for x, labels in crops:

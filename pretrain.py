@@ -23,6 +23,7 @@ import traceback
 import types
 import zipfile
 from contextlib import contextmanager
+from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 
@@ -89,7 +90,7 @@ def parse_args(argv=None):
     add("--align", type=natural_float, default=1.0, help="weight of the alignment term")
     add("--uniform", type=natural_float, default=1.0, help="weight of the uniformity term")
     add("--corr", type=natural_float, default=1.0, help="weight of the correlation term")
-    add("--align-alpha", type=positive(float), default=2.0)
+    add("--align-alpha", type=checked(float, lambda value: 1 <= value < math.inf, "1 or more"), default=2.0)
     add("--uniform-t", type=positive(float), default=2.0)
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of the off-diagonal part")
     add("--seed", type=natural, default=0)
@@ -139,7 +140,8 @@ def main_worker(args):
     if checkpoint:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:  # it has none without --amp fp16
+            scaler.load_state_dict(checkpoint["scaler"])
         run = {name: checkpoint[name] for name in run}
         run["clusterings"] = [(assignments, prototypes.to(args.device), concentration.to(args.device))
                               for assignments, prototypes, concentration in run["clusterings"]]
@@ -320,7 +322,7 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
         report["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(epoch + step / run["steps"], args)
         permutation = torch.randperm(args.batch_size, generator=generator("cpu", args.seed, epoch, step, "shuffle"))
         with autocast(args):
-            q, k = ddp(im_q, im_k, permutation.to(args.device))
+            q, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
         keys = min((epoch * run["steps"] + step) * args.batch_size, args.queue_size)  # that the queue holds by now
         loss, terms = pauc(q, k, index, model.queue[:, :keys], run["clusterings"], args, epoch, step)
         optimizer.zero_grad()
@@ -393,11 +395,14 @@ def fit(args, num_images):
             raise ValueError(f"--num-clusters {size}: give 0 alone for no clustering, or sizes from 2 to {num_images}, the "
                              f"number of training images")
     if args.num_clusters and args.warmup_epochs >= args.epochs and dist.get_rank() == 0:
-        print(f"--warmup-epochs {args.warmup_epochs} leaves none of --epochs {args.epochs} for prototypes: InfoNCE alone", flush=True)
+        print(f"--warmup-epochs {args.warmup_epochs} leaves none of the {args.epochs} for prototypes: InfoNCE alone", flush=True)
 
 
 def fit_batch(args, num_images, default, bn_splits=1):
     groups = dist.get_world_size() * bn_splits
+    if args.batch_size is None and default % groups and dist.get_rank() == 0:
+        print(f"--batch-size {default // groups * groups}, not {default}: fitted to {groups} groups", flush=True)
+    default = default // groups * groups
     args.batch_size = fitted("--batch-size", args.batch_size, default, num_images // groups * groups)
     if args.batch_size % groups or args.batch_size < 2 * groups:
         raise ValueError(f"--batch-size {args.batch_size}: is split over {groups} groups (processes x --bn-splits), which must "
@@ -424,13 +429,17 @@ def open_output(args, num_images, fixed=FIXED):
     tempfile.TemporaryFile(dir=args.output).close()  # can it be written?
     own = args.output / "checkpoint.pth"
     in_use = own.exists() or own.with_suffix(".prev.pth").exists()
-    if in_use and not args.resume:
+    path = own if args.resume == "auto" else Path(args.resume or "")
+    if in_use and path.resolve().parent != args.output.resolve():
         raise ValueError(f"--output {args.output}: already holds a checkpoint; go on from it with --resume auto, or give "
                          f"another --output")
+    checkpoint = load_or_previous(path, own) if args.resume and (in_use or args.resume != "auto") else None
+    position = [checkpoint.get(name, 0) for name in ("epoch", "step")] if isinstance(checkpoint, dict) else [-1, -1]
+    if len(builder.gather(torch.tensor([position], device=args.device)).unique(dim=0)) > 1:
+        raise ValueError(f"--output {args.output}: the processes found different checkpoints there; name a folder that all "
+                         f"nodes share")
     if not args.resume or args.resume == "auto" and not in_use:
         return None
-    path = own if args.resume == "auto" else Path(args.resume)
-    checkpoint = load_or_previous(path)
     if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer", "args", "num_images"} <= checkpoint.keys():
         raise ValueError(f"--resume {path}: not a checkpoint of this script")
     now, then = plain(args), checkpoint["args"]
@@ -443,7 +452,7 @@ def open_output(args, num_images, fixed=FIXED):
     told = [changed[name] for name in changed if name not in FREE]
     if told and dist.get_rank() == 0:
         print(f"resumed with other flags than {', '.join(told)}", flush=True)
-    if checkpoint["bn_groups"] != bn_groups(args) and dist.get_rank() == 0:
+    if hasattr(args, "bn_splits") and checkpoint["bn_groups"] != bn_groups(args) and dist.get_rank() == 0:
         print(f"resumed with BN over {bn_groups(args)} groups of the batch (processes x --bn-splits), not "
               f"{checkpoint['bn_groups']}: no longer the same computation", flush=True)
     return checkpoint
@@ -534,7 +543,8 @@ def steps(views, run, args, log, save_run):
             if total % args.print_every == 0:
                 speed, clock, counted = counted * args.batch_size / (time.time() - clock), time.time(), 0
                 log.write(dict(epoch=run["epoch"] + 1, step=total, **report, images_per_s=speed), bar)
-            if stop.agreed or args.save_every and total % args.save_every == 0:
+            last = run["step"] == run["steps"]  # what follows is no longer lost by a signal
+            if stop.agreed or last or args.save_every and total % args.save_every == 0:
                 save_run()
             if stop.agreed:
                 if log.speaks:
@@ -621,8 +631,10 @@ def launch(worker, args):
 
 def supervise(processes, meeting):
     """Wait for the processes of this node, hand signals on to them, and end with all of them when one has failed."""
+    stop.caught = 0
+
     def hand_on(number, _):
-        if number == signal.SIGINT == stop.caught:  # the second
+        if number == signal.SIGINT and stop.caught in (signal.SIGINT, signal.SIGKILL):  # not the first
             number = signal.SIGKILL
         stop.caught = number
         for process in processes:
@@ -632,17 +644,17 @@ def supervise(processes, meeting):
     with signal_handlers(hand_on):
         while (running := [p.sentinel for p in processes if p.exitcode is None]) and not any(p.exitcode for p in processes):
             connection.wait(running)
-        killed = [(i, p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0]
-        if killed and stop.caught != signal.SIGKILL:
+        killed = [(i, p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0 and -p.exitcode != stop.caught]
+        if killed:
             speak(ChildProcessError(f"process {killed[0][0]} was ended by {signal.Signals(-killed[0][1]).name}"), meeting)
         until = time.time() + 10
         for process in processes:  # those that are left end by themselves, unless they wait for the one that is dead
             process.join(max(0, until - time.time()))
             process.kill()
             process.join()
-    if stop.caught == signal.SIGKILL:
-        sys.exit(128 + signal.SIGINT)
     status = 1 if killed else max(process.exitcode for process in processes)
+    if stop.caught and status <= 0:  # it ended them before they could handle it, or as they were done
+        status = 128 + (signal.SIGINT if stop.caught == signal.SIGKILL else stop.caught)
     if status:
         sys.exit(0 if status == 128 + signal.SIGUSR1 else status)
 
@@ -667,7 +679,8 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
     stop.deferred, stop.alone = False, meeting and nproc == 1
     with signal_handlers(on_signal):
         try:
-            dist.init_process_group("nccl" if cuda else "gloo", **group)
+            # Others wait in a collective while one process clusters or downloads; a dead one is noticed without this.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3), **group)
             worker(args)
             dist.destroy_process_group()
         except (Stopped, Exception) as error:
@@ -678,8 +691,11 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
             if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
                 time.sleep(2)  # most likely another process has died, and can say of what
             if stop.caught and not isinstance(error, KNOWN):
-                if not stop.agreed and args.rank == local_rank == 0:
-                    print(f"stopped by {signal.Signals(stop.caught).name}: --resume auto goes on from the last checkpoint")
+                if stop.agreed:
+                    dist.destroy_process_group()
+                elif group["rank"] == 0:
+                    print(f"stopped by {signal.Signals(stop.caught).name}"
+                          + ": --resume auto goes on from the last checkpoint" * (args.output / "checkpoint.pth").exists())
                 spawned = meeting and nproc > 1  # there status 0 would say that this process has done its work
                 sys.exit(0 if stop.caught == signal.SIGUSR1 and not spawned else 128 + stop.caught)
             fail(error, meeting)
@@ -720,6 +736,7 @@ def on_signal(number, _):
     if number == signal.SIGINT and stop.alone:  # of several, each gets the terminal's and their parent's
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
     if not stop.deferred:
+        stop.deferred = True  # one is enough
         raise Stopped(number)
 
 
@@ -740,7 +757,7 @@ def deferred_signals():
     try:
         yield
     finally:
-        stop.deferred = False
+        stop.deferred = bool(stop.caught)
     if stop.caught:
         raise Stopped(stop.caught)
 
@@ -755,7 +772,7 @@ def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **m
                                  f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
     if dist.get_rank() == 0:
         save(args.output / name, dict(run, arch=args.arch, state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
-                                      args=plain(args), bn_groups=bn_groups(args), log_size=log.size(), **more))
+                                      args=plain(args), bn_groups=bn_groups(args), log_size=log.mark(), **more))
     dist.barrier()
 
 
@@ -770,8 +787,13 @@ def save(path, state):
         if path.name == "checkpoint.pth" and path.exists():
             os.replace(path, path.with_suffix(".prev.pth"))
         os.replace(new, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the renames, too, are to outlive a power cut
+        os.close(folder)
     except (OSError, RuntimeError) as error:
         new.unlink(missing_ok=True)
+        if "DataLoader worker" in str(error):  # one that died just now, not the file
+            raise
         raise OSError(f"{path}: cannot be written ({error}); the checkpoint before it is as it was") from None
 
 
@@ -789,17 +811,21 @@ def load(path):
         raise OSError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
 
 
-def load_or_previous(path):
-    """What is in a checkpoint file, or in the one before it where this one is damaged or was about to be replaced."""
+def load_or_previous(path, own):
+    """What is in a checkpoint file, or in the one before it where this one is damaged or was about to be replaced. This run's
+    own is then moved out of the way, lest it become the one before."""
     previous = path.with_suffix(".prev.pth")
     try:
         return load(path)
     except OSError as error:
         if not previous.exists():
             raise
+        checkpoint = load(previous)
         if dist.get_rank() == 0:
             print(f"{error}; taking {previous}, the one before", flush=True)
-        return load(previous)
+            if path == own and path.exists():
+                os.replace(path, path.with_suffix(".damaged.pth"))
+        return checkpoint
 
 
 class Log:
@@ -811,15 +837,14 @@ class Log:
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter
             self.file = open(args.output / "log.jsonl", "a+b")
-            if checkpoint:  # what came after it is about to happen again
-                self.file.truncate(min(self.size(), checkpoint["log_size"]))
-            else:
-                self.file.truncate(0)
-            self.board = SummaryWriter(args.output,
-                                       purge_step=checkpoint and checkpoint["epoch"] * checkpoint["steps"]
-                                       + checkpoint["step"] + 1)
+            # What came after the checkpoint is about to happen again.
+            self.file.truncate(min(self.file.seek(0, os.SEEK_END), checkpoint["log_size"] if checkpoint else 0))
+            self.board = SummaryWriter(args.output, purge_step=checkpoint["epoch"] * checkpoint["steps"] + checkpoint["step"] + 1
+                                       if checkpoint else 0)
 
-    def size(self):
+    def mark(self):
+        """Write out all that was reported, and return the log's size, to which a resumed run cuts it."""
+        self.board.flush()
         return self.file.seek(0, os.SEEK_END)
 
     def write(self, record, bar=None):

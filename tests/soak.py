@@ -20,8 +20,8 @@ from sklearn.datasets import load_digits
 from conftest import REPO, SMALL, read_log, same_ending, untimed
 from test_survival import descendants
 
-FLAGS = [*SMALL, "--crop-size", "8", "--batch-size", "64", "--epochs", "6", "--warmup-epochs", "2", "--num-clusters", "20", "40",
-         "--queue-size", "256", "--print-every", "2", "--save-every", "3", "--resume", "auto"]
+FLAGS = [*SMALL, "--crop-size", "8", "--batch-size", "64", "--epochs", "4", "--warmup-epochs", "1",
+         "--num-clusters", "20", "40", "--queue-size", "256", "--print-every", "2", "--save-every", "3", "--resume", "auto"]
 
 
 def main():
@@ -51,9 +51,9 @@ def soak(root, flags, kills):
     start = time.time()
     assert launch(root / "whole", flags).wait() == 0, (root / "whole.said").read_text()
     length = time.time() - start
-    for _ in range(kills):
-        process = launch(root / "killed", flags)
-        moment = random.uniform(0, length)
+    for kill in range(kills):
+        output = root / f"killed-{kill}"
+        process, moment = launch(output, flags), random.uniform(0, length)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:
@@ -63,13 +63,13 @@ def soak(root, flags, kills):
                 except ProcessLookupError:  # it ended by itself as its parent went
                     continue
             process.wait()
-        log = root / "killed" / "log.jsonl"
-        print(f"{root.name}: killed after {moment:.1f} s of {length:.1f}, {len(log.read_bytes().splitlines()) if log.exists() else 0} "
-              f"lines in the log", flush=True)
-    assert launch(root / "killed", flags).wait() == 0, (root / "killed.said").read_text()
-    same_ending(root / "killed", root / "whole")
-    assert untimed(read_log(root / "killed")) == untimed(read_log(root / "whole"))
-    print(f"{root.name} (workers-processes): the same end, bit for bit, and the same log, after {kills} kills", flush=True)
+        log = output / "log.jsonl"
+        lines = len(log.read_bytes().splitlines()) if log.exists() else 0
+        assert launch(output, flags).wait() == 0, output.with_suffix(".said").read_text()
+        same_ending(output, root / "whole")
+        assert untimed(read_log(output)) == untimed(read_log(root / "whole"))
+        print(f"{root.name} (workers-processes): killed after {moment:.1f} s of {length:.1f}, with {lines} of "
+              f"{len(read_log(output))} lines in the log: the same end, bit for bit, and the same log", flush=True)
 
 
 def launch(output, flags):

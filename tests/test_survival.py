@@ -1,5 +1,7 @@
 """A run that is killed, signalled, or robbed of a process or its disk loses nothing, and ends where it would have ended."""
+import contextlib
 import functools
+import io
 import json
 import os
 import shutil
@@ -13,6 +15,8 @@ import pytest
 import torch
 from conftest import REPO, SMALL, read_log, same_ending, script, untimed
 
+import lincls
+import pretrain
 FLAGS = [*SMALL, "--batch-size", "128", "--epochs", "2", "--warmup-epochs", "1", "--print-every", "3", "--num-clusters", "20",
          "40", "--knn-every", "0", "--save-every", "5", "--resume", "auto"]  # 22 steps, 11 of them with prototypes
 
@@ -23,8 +27,7 @@ def whole(tmp_path_factory):
     @functools.cache
     def make(nproc):
         output, flags = tmp_path_factory.mktemp("whole"), [*FLAGS, "--nproc", nproc]
-        done = script("pretrain.py", *flags, "--output", output)
-        assert done.returncode == 0, done.stderr
+        finish(*flags, "--output", output)
         return output, flags
     return make
 
@@ -76,43 +79,52 @@ def gone(pids, seconds=15):
 
 
 def goes_on_to_the_same_end(output, reference, flags):
-    done = script("pretrain.py", *flags, "--output", output)
-    assert done.returncode == 0, done.stderr
+    said = finish(*flags, "--output", output)
     same_ending(output, reference)
     assert untimed(read_log(output)) == untimed(read_log(reference))
     assert not list(output.glob("*.new"))
+    return said
+
+
+def finish(*flags):
+    """Run pre-training to its end, here where it is one process: what it says."""
+    if flags[flags.index("--nproc") + 1] == 1:
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            pretrain.main(list(map(str, flags)))
+        return said.getvalue()
+    done = script("pretrain.py", *flags)
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 KILL = "os.kill(os.getpid(), signal.SIGKILL)"
+COUNT = """
+count, enqueue = [], builder.MoCo.enqueue
+def counted(model, k):
+    enqueue(model, k)
+    count.append(k)
+builder.MoCo.enqueue = counted
+"""
 PHASES = {
-    "a step": f"""
-real, steps = builder.MoCo.enqueue, []
-def enqueue(model, k):
-    steps.append(k)
-    if len(steps) == 18: {KILL}
-    real(model, k)
-builder.MoCo.enqueue = enqueue""",
-    "the E-step": f"""
-real, calls = pretrain.kmeans, []
-def kmeans(*args):
-    calls.append(args)
-    if len(calls) == 2: {KILL}
-    return real(*args)
+    "a step": COUNT + f"""
+def forward(self, *args, real=builder.MoCo.forward):
+    if len(count) == 18: {KILL}
+    return real(self, *args)
+builder.MoCo.forward = forward""",
+    "the E-step": COUNT + f"""
+def kmeans(v, size, *args, real=pretrain.kmeans):
+    if size == 40: {KILL}
+    return real(v, size, *args)
 pretrain.kmeans = kmeans""",
-    "writing a checkpoint": f"""
-real, calls = os.fsync, []
-def fsync(file):
-    calls.append(file)
-    if len(calls) == 5: {KILL}
+    "writing a checkpoint": COUNT + f"""
+def fsync(file, real=os.fsync):
+    if len(count) == 15: {KILL}
     return real(file)
 os.fsync = fsync""",
-    "renaming a checkpoint": f"""
-real, calls = os.replace, []
-def replace(a, b):
+    "renaming a checkpoint": COUNT + f"""
+def replace(a, b, real=os.replace):
     real(a, b)
-    calls.append(str(b))
-    if sum(name.endswith(".prev.pth") for name in calls) == 3: {KILL}
+    if len(count) == 15 and str(b).endswith(".prev.pth"): {KILL}
 os.replace = replace""",
 }
 
@@ -162,6 +174,26 @@ pretrain.kmeans = kmeans"""
     code, said = run.end(10)
     assert code == status and "from the last checkpoint" in said and "Traceback" not in said, said
     assert (tmp_path / "run" / "checkpoint.pth").stat().st_mtime_ns == before
+
+
+def test_a_signal_in_the_monitor_loses_nothing_of_the_epoch(whole, tmp_path):
+    slow = """
+def knn(*args, calls=[]):
+    calls.append(args)
+    if len(calls) == 2:  # the first is before training
+        open(args[-1].output / "monitoring", "w").close()
+        time.sleep(60)
+    return 50.0
+pretrain.knn = knn"""
+    output, (reference, flags) = tmp_path / "run", whole(1)
+    run = Running(output, [*flags, "--save-every", 0, "--knn-every", 1], patch=slow)
+    run.until((output / "monitoring").exists)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end(10)[0] == 143
+    checkpoint = torch.load(output / "checkpoint.pth", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == (0, 11)
+    finish(*flags, "--output", output)
+    same_ending(output, reference)
 
 
 def test_a_second_sigint_stops_at_once(whole, tmp_path):
@@ -274,16 +306,16 @@ def test_another_number_of_processes_goes_on_with_the_same_computation(whole, tm
     run.process.send_signal(signal.SIGUSR1)
     assert run.end()[0] == 0
     step = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["step"] + 11
-    done = script("pretrain.py", *whole(2)[1][:-1], 1, "--bn-splits", 2, "--output", tmp_path / "run")
-    assert done.returncode == 0 and "no longer the same computation" not in done.stdout, done.stderr
+    said = finish(*whole(2)[1][:-1], 1, "--bn-splits", 2, "--output", tmp_path / "run")
+    assert "no longer the same computation" not in said
     ours, theirs = (next(line for line in read_log(output) if line["step"] > step and "loss" in line)
                     for output in (tmp_path / "run", whole(2)[0]))
     for name in (name for name in theirs if name.startswith("loss")):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
     shutil.rmtree(tmp_path / "run")
     shutil.copytree(whole(2)[0], tmp_path / "run")
-    done = script("pretrain.py", *whole(2)[1][:-1], 1, "--output", tmp_path / "run")
-    assert "resumed with BN over 1 groups" in done.stdout and "no longer the same computation" in done.stdout
+    said = finish(*whole(2)[1][:-1], 1, "--output", tmp_path / "run")
+    assert "resumed with BN over 1 groups" in said and "no longer the same computation" in said
 
 
 def test_the_probe_is_stopped_and_goes_on_in_the_same_way(whole, tmp_path):
@@ -293,8 +325,7 @@ def test_the_probe_is_stopped_and_goes_on_in_the_same_way(whole, tmp_path):
     run.steps(3)
     run.process.send_signal(signal.SIGTERM)
     assert run.end()[0] == 143, run.text()
-    done = script("lincls.py", *flags, "--output", outputs[0], "--resume", "auto")
-    once = script("lincls.py", *flags, "--output", outputs[1])
-    assert done.returncode == once.returncode == 0, done.stderr + once.stderr
+    for output in outputs:
+        lincls.main([*map(str, flags), "--output", str(output), "--resume", "auto"])
     same_ending(*outputs)
     assert untimed(read_log(outputs[0])) == untimed(read_log(outputs[1]))
