@@ -156,16 +156,24 @@ def test_unlabelled_images_train_without_the_monitor(image_folder, tmp_path, cal
     assert "diversity" in read_log(tmp_path / "run")[-1] and "knn" not in out
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_the_default_trains_on_a_gpu(tmp_path):
+    done = script("pretrain.py", "--device", "cuda", "--nproc", 1, "--output", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    knn = [line["knn"] for line in read_log(tmp_path / "run") if "knn" in line]
+    assert "1 x cuda" in done.stdout and knn[-1] > knn[0]
+
+
 @pytest.mark.parametrize("launcher", [["--nproc", "2"], ["torchrun"]])
 def test_two_processes_train_the_default(launcher, tmp_path):
     start = dict(launcher=(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29571")
                  ) if launcher == ["torchrun"] else {}
     flags = [] if start else launcher
-    done = script("pretrain.py", "--device", "cpu", "--epochs", 2, "--warmup-epochs", 1, "--num-clusters", 20, 30, 40,
+    done = script("pretrain.py", "--device", "cpu", "--epochs", 1, "--num-clusters", 20, 30, 40,
                   "--output", tmp_path / "run", *flags, **start)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "run")
-    assert log[-1]["epoch"] == 2 and len(log[-1]["diversity"]) == 3 and "2 x cpu" in done.stdout
+    assert log[-1]["epoch"] == 1 and len(log[-1]["diversity"]) == 3 and "2 x cpu" in done.stdout
 
 
 def test_two_processes_log_what_one_with_two_bn_splits_does(tmp_path):
@@ -263,7 +271,7 @@ def test_fashion_mnist_learns(tmp_path):
             data = gzip.decompress((DEBIAN / f"{split}-{kind}-ubyte.gz").read_bytes())[:header + count * size]
             (raw / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
     done = script("pretrain.py", tmp_path, "--dataset", "fashionmnist", *SMALL, "--crop-size", 14, "--min-scale", 0.5,
-                  "--epochs", 4, "--warmup-epochs", 2, "--batch-size", 64, "--queue-size", 256, "--output", tmp_path / "run",
+                  "--epochs", 3, "--warmup-epochs", 1, "--batch-size", 64, "--queue-size", 256, "--output", tmp_path / "run",
                   timeout=500)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "run")

@@ -137,7 +137,7 @@ def test_a_run_killed_in(phase, whole, tmp_path):
 
 
 @pytest.mark.parametrize("number, status, nproc", [
-    (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1), (signal.SIGUSR1, 0, 1), (signal.SIGTERM, 143, 2), (signal.SIGINT, 130, 2)])
+    (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 1), (signal.SIGUSR1, 0, 1), (signal.SIGINT, 130, 2)])
 def test_a_signal_saves_after_the_step_and_ends_with_its_status(number, status, nproc, whole, tmp_path):
     run = Running(tmp_path / "run", whole(nproc)[1])
     run.steps(3)
