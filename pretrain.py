@@ -566,7 +566,7 @@ def mean_over_processes(terms, run, args):
     if caught:  # by one process or more
         number = torch.tensor(stop.caught, device=args.device)
         dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        stop.agreed = int(number)
+        stop.caught = stop.agreed = int(number)
     if not all(map(math.isfinite, means.values())):
         raise FloatingPointError(f"epoch {run['epoch'] + 1}, step {run['step'] + 1}: the loss is not finite; the last "
                                  f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
