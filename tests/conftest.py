@@ -47,6 +47,11 @@ def script(*argv, launcher=(sys.executable,), timeout=300, **environment):
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # a second one slows small networks down
 
 
+def descendants(pid):
+    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
+    return children + [below for child in children for below in descendants(child)]
+
+
 def read_log(output):
     return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
 

@@ -14,11 +14,9 @@ import time
 from pathlib import Path
 
 import numpy as np
+from conftest import REPO, SMALL, descendants, read_log, same_ending, untimed
 from PIL import Image
 from sklearn.datasets import load_digits
-
-from conftest import REPO, SMALL, read_log, same_ending, untimed
-from test_survival import descendants
 
 FLAGS = [*SMALL, "--crop-size", "8", "--batch-size", "64", "--epochs", "4", "--warmup-epochs", "1",
          "--num-clusters", "20", "40", "--queue-size", "256", "--print-every", "2", "--save-every", "3", "--resume", "auto"]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, SMALL, read_log, same_ending, script, untimed
+from conftest import REPO, SMALL, descendants, read_log, same_ending, script, untimed
 
 import lincls
 import pretrain
@@ -63,11 +63,6 @@ class Running:
 
     def descendants(self):
         return descendants(self.process.pid)
-
-
-def descendants(pid):
-    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
-    return children + [below for child in children for below in descendants(child)]
 
 
 def gone(pids, seconds=15):
