@@ -395,7 +395,7 @@ def fit(args, num_images):
             raise ValueError(f"--num-clusters {size}: give 0 alone for no clustering, or sizes from 2 to {num_images}, the "
                              f"number of training images")
     if args.num_clusters and args.warmup_epochs >= args.epochs and dist.get_rank() == 0:
-        print(f"--warmup-epochs {args.warmup_epochs} leaves none of the {args.epochs} for prototypes: InfoNCE alone", flush=True)
+        print(f"--warmup-epochs {args.warmup_epochs} leaves no epoch for prototypes: InfoNCE alone", flush=True)
 
 
 def fit_batch(args, num_images, default, bn_splits=1):
@@ -429,8 +429,8 @@ def open_output(args, num_images, fixed=FIXED):
     tempfile.TemporaryFile(dir=args.output).close()  # can it be written?
     own = args.output / "checkpoint.pth"
     in_use = own.exists() or own.with_suffix(".prev.pth").exists()
-    path = own if args.resume == "auto" else Path(args.resume or "")
-    if in_use and path.resolve().parent != args.output.resolve():
+    path = own if args.resume in (None, "auto") else Path(args.resume)
+    if in_use and (not args.resume or path.resolve().parent != args.output.resolve()):
         raise ValueError(f"--output {args.output}: already holds a checkpoint; go on from it with --resume auto, or give "
                          f"another --output")
     checkpoint = load_or_previous(path, own) if args.resume and (in_use or args.resume != "auto") else None
@@ -626,7 +626,8 @@ def launch(worker, args):
         if nproc == 1:
             run(0, worker, args, cuda, nproc, group, meeting)
         else:
-            supervise(mp.start_processes(run, (worker, args, cuda, nproc, group, meeting), nproc, join=False).processes, meeting)
+            job = mp.start_processes(run, (worker, args, cuda, nproc, group, meeting), nproc, join=False)
+            supervise(job.processes, meeting)
 
 
 def supervise(processes, meeting):
@@ -716,7 +717,8 @@ def speak(error, meeting=None):
         return
     if not isinstance(error, KNOWN):
         traceback.print_exception(error)
-    message = (str(error).strip() or type(error).__name__).splitlines()[-1].removeprefix("OSError: ")  # a worker's has a traceback
+    message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a data worker's comes with its traceback
+    message = message.removeprefix("OSError: ")
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 

@@ -28,8 +28,8 @@ FIGURES = {"diversity", "separation", "effective_rank", "balance", "empty", "kme
 def digits_run(tmp_path_factory):
     """Three epochs, of which one is warm-up, with a copy of every checkpoint that was written."""
     output = tmp_path_factory.mktemp("digits") / "run"
-    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
-                  "--num-negatives", 40, "--output", output)
+    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3,
+                  "--keep-every", 1, "--num-negatives", 40, "--output", output)
     assert done.returncode == 0, done.stderr
     return output
 
@@ -60,15 +60,16 @@ def test_a_run_resumed_after_its_second_epoch_is_the_uninterrupted_one(digits_ru
     resumed.mkdir()
     shutil.copy(digits_run / "checkpoint_0002.pth", resumed / "checkpoint.pth")
     shutil.copy(digits_run / "log.jsonl", resumed / "log.jsonl")  # with lines from after the checkpoint
-    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--keep-every", 1,
-                  "--num-negatives", 40, "--output", resumed, "--resume", "auto")
+    done = script("pretrain.py", *SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3,
+                  "--keep-every", 1, "--num-negatives", 40, "--output", resumed, "--resume", "auto")
     assert done.returncode == 0, done.stderr
     same_ending(digits_run, resumed)
     assert untimed(read_log(resumed)) == untimed(read_log(digits_run))
 
 
 def test_a_run_resumed_within_an_epoch_is_the_uninterrupted_one(tmp_path, call, monkeypatch):
-    flags = [*SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--num-negatives", 40, "--keep-every", 1]
+    flags = [*SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--num-negatives", 40,
+             "--keep-every", 1]
     assert call(pretrain.main, *flags, "--output", tmp_path / "whole")[0] == 0
     first, real_enqueue, count = tmp_path / "run", builder.MoCo.enqueue, [0]
 
