@@ -12,6 +12,7 @@ import hashlib
 import math
 import os
 import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -379,8 +380,10 @@ class CentreCrops(Dataset):
 
 
 def in_workers(data, workers, device, **options):
+    # Below a spawned process workers would be spawned too, and import torch anew for every E-step: ten seconds each.
+    context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(data, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-                      worker_init_fn=leave_signals_to_the_parent, **options)
+                      worker_init_fn=leave_signals_to_the_parent, multiprocessing_context=context, **options)
 
 
 def leave_signals_to_the_parent(_):
