@@ -272,7 +272,7 @@ def test_fashion_mnist_learns(tmp_path):
             data = gzip.decompress((DEBIAN / f"{split}-{kind}-ubyte.gz").read_bytes())[:header + count * size]
             (raw / f"{split}-{kind}-ubyte.gz").write_bytes(gzip.compress(data, 1))
     done = script("pretrain.py", tmp_path, "--dataset", "fashionmnist", *SMALL, "--crop-size", 14, "--min-scale", 0.5,
-                  "--epochs", 3, "--warmup-epochs", 1, "--batch-size", 64, "--queue-size", 256, "--output", tmp_path / "run",
+                  "--epochs", 4, "--warmup-epochs", 2, "--batch-size", 64, "--queue-size", 256, "--output", tmp_path / "run",
                   timeout=500)
     assert done.returncode == 0, done.stderr
     log = read_log(tmp_path / "run")
