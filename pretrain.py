@@ -687,8 +687,7 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
         except (Stopped, Exception) as error:
             traceback.clear_frames(error.__traceback__)  # the data workers end with the loader that they belong to
             stop.deferred = True  # a signal has nothing left to end
-            if "DataLoader worker" in str(error):
-                error = ChildProcessError(str(error))
+            error = dead_worker(error) or error
             if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
                 time.sleep(2)  # most likely another process has died, and can say of what
             if stop.caught and not isinstance(error, KNOWN):
@@ -700,6 +699,13 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
                 spawned = meeting and nproc > 1  # there status 0 would say that this process has done its work
                 sys.exit(0 if stop.caught == signal.SIGUSR1 and not spawned else 128 + stop.caught)
             fail(error, meeting)
+
+
+def dead_worker(error):
+    """The death of a data worker is told by an error in whatever the process was doing, and may have led to others."""
+    while error and "DataLoader worker" not in str(error):
+        error = error.__context__
+    return error and ChildProcessError(str(error))
 
 
 def fail(error, meeting=None):
@@ -794,8 +800,6 @@ def save(path, state):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         new.unlink(missing_ok=True)
-        if "DataLoader worker" in str(error):  # one that died just now, not the file
-            raise
         raise OSError(f"{path}: cannot be written ({error}); the checkpoint before it is as it was") from None
 
 
