@@ -703,7 +703,7 @@ def run(local_rank, worker, args, cuda, nproc, group, meeting):
 
 def dead_worker(error):
     """The death of a data worker is told by an error in whatever the process was doing, and may have led to others."""
-    while error and "DataLoader worker" not in str(error):
+    while error and not str(error).startswith("DataLoader worker"):
         error = error.__context__
     return error and ChildProcessError(str(error))
 
