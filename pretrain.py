@@ -384,7 +384,7 @@ def learning_rate(epoch, args):
 def fit(args, num_images):
     """Fit batch, queue and clusters to the data set where they are defaults; refuse what was asked for and does not fit."""
     defaults = DEFAULTS[args.dataset]
-    fit_batch(args, num_images, defaults["batch_size"], args.bn_splits)
+    fit_batch(args, num_images, defaults["batch_size"])
     args.queue_size = fitted("--queue-size", args.queue_size, defaults["queue_size"], num_images)
     if args.num_clusters is None:
         args.num_clusters = sorted({max(2, num_images // images) for images in IMAGES_PER_PROTOTYPE})
@@ -398,8 +398,8 @@ def fit(args, num_images):
         print(f"--warmup-epochs {args.warmup_epochs} leaves no epoch for prototypes: InfoNCE alone", flush=True)
 
 
-def fit_batch(args, num_images, default, bn_splits=1):
-    groups = dist.get_world_size() * bn_splits
+def fit_batch(args, num_images, default):
+    groups = bn_groups(args)
     if args.batch_size is None and default % groups and dist.get_rank() == 0:
         print(f"--batch-size {default // groups * groups}, not {default}: fitted to {groups} groups", flush=True)
     default = default // groups * groups

@@ -17,6 +17,7 @@ from conftest import REPO, SMALL, descendants, read_log, same_ending, script, un
 
 import lincls
 import pretrain
+
 FLAGS = [*SMALL, "--batch-size", "128", "--epochs", "2", "--warmup-epochs", "1", "--print-every", "3", "--num-clusters", "20",
          "40", "--knn-every", "0", "--save-every", "5", "--resume", "auto"]  # 22 steps, 11 of them with prototypes
 
