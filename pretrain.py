@@ -87,9 +87,9 @@ def parse_args(argv=None):
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
     add("--kmeans-init", choices=("auto", "spread", "random"), default="auto",
         help="first centroids: images far apart (AFK-MC2) or any, as in PCL; auto: far apart up to 4096")
-    add("--align", type=natural_float, default=1.0, help="weight of the alignment term")
-    add("--uniform", type=natural_float, default=1.0, help="weight of the uniformity term")
-    add("--corr", type=natural_float, default=1.0, help="weight of the correlation term")
+    add("--align", type=natural_float, default=0.1, help="weight of the alignment term")
+    add("--uniform", type=natural_float, default=0.1, help="weight of the uniformity term")
+    add("--corr", type=natural_float, default=0.1, help="weight of the correlation term")
     add("--align-alpha", type=checked(float, lambda value: 1 <= value < math.inf, "1 or more"), default=2.0)
     add("--uniform-t", type=positive(float), default=2.0)
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of the off-diagonal part")

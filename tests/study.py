@@ -6,9 +6,9 @@
     python tests/study.py THE SAME --grid main --test                                    # once, when every choice is made
     python tests/study.py --plot                                                         # img/*.png of what OUTPUT holds
 
-DIR holds FashionMNIST/raw/*.gz. Grids: main, terms, weights, variants, scale. A flag that is not in --help here goes to
-pretrain.py. A tenth of the training images is held out; every figure and choice is on it. The test set is read by --test
-alone, with the last epoch's weights.
+DIR holds FashionMNIST/raw/*.gz. Grids: main, terms, weights, constants, variants, scale. A flag that is not in --help here
+goes to pretrain.py. A tenth of the training images is held out; every figure and choice is on it. The test set is read by
+--test alone, with the last epoch's weights.
 
 OUTPUT/runs.jsonl has one line a run, OUTPUT/table.md the means. What is there is skipped, a run that was cut short goes on,
 and with other --probe flags only the probes are made again. OUTPUT/RUN/run.txt is what a run printed.
@@ -49,7 +49,7 @@ COAGULATION = "diversity", "effective_rank", "separation", "balance"
 FIGURES = "knn", "linear", "test_knn", "test_linear", *COAGULATION, "ami"
 TITLES = "kNN", "linear", "test kNN", "test linear", "diversity", "effective rank", "separation", "balance", "AMI"
 DIGITS = dict(knn=2, linear=2, test_knn=2, test_linear=2, diversity=4, effective_rank=1)  # in the table; else 3
-read, prototype_terms = loader.load, pretrain.prototype_terms  # the project's own
+read, prototype_terms, pauc = loader.load, pretrain.prototype_terms, pretrain.pauc  # the project's own
 
 
 def parse_args(argv=None):
@@ -88,16 +88,22 @@ def methods(sizes):
             "PAUC": ([], None, ["MoCo", "PCL"])}
     alone = {f"PCL + {term}": (off(*(t for t in terms if t != term)), None, ["PCL"]) for term in terms}
     without = {f"PAUC without {term}": (off(term), None, ["PAUC"]) for term in terms}
-    values = {"uniform": (0.1, 0.3, 3), "corr": (0.1, 0.3, 3), "align": (0.1, 0.3, 3), "corr-lambda": (0.005, 0.05, 1),
-              "uniform-t": (1, 4), "align-alpha": (1,)}
-    weights = {f"PAUC {flag} {value}": ([f"--{flag}", str(value)], None, ["PAUC"])
-               for flag in values for value in values[flag]}
+    triples = ("1 1 1", "0.3 0.3 0.3", "0.1 0.1 0.1", "0.03 0.03 0.03", "1 0.1 0.1", "0.1 0.3 0.1", "0.1 0.1 0.3")
+    weights = {f"PAUC {triple}": ([part for pair in zip(("--align", "--uniform", "--corr"), triple.split()) for part in pair],
+                                  None, ["PCL"]) for triple in triples if triple != "0.1 0.1 0.1"}  # that is PAUC itself
+    values = {"corr-lambda": (0.005, 0.05, 1), "uniform-t": (1, 4), "align-alpha": (1,)}
+    constants = {f"PAUC {flag} {value}": ([f"--{flag}", str(value)], None, ["PAUC"])
+                 for flag in values for value in values[flag]}
     scales = {"clusters / 8": ["--num-clusters", *(str(max(2, size // 8)) for size in sizes)],
-              "clusters x 2": ["--num-clusters", *(str(2 * size) for size in sizes)], "batch 32": ["--batch-size", "32"]}
-    scale = {f"{method} {name}": (main[method][0] + flags, None, [method] + [f"PCL {name}"] * (method == "PAUC"))
+              "clusters x 6": ["--num-clusters", *(str(6 * size) for size in sizes)], "batch 32": ["--batch-size", "32"],
+              "epochs 20": ["--epochs", "20"],
+              "PCL's k-means": ["--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random"]}
+    scale = {f"{method}, {name}": (main[method][0] + flags, None, [method] + [f"PCL, {name}"] * (method == "PAUC"))
              for name, flags in scales.items() for method in ("PCL", "PAUC")}
-    variants = {f"PAUC {name}": ([], name, ["PAUC"]) for name in VARIANTS}
-    return dict(main=main, terms=alone | without, weights=weights, variants=variants, scale=scale)
+    variants = {f"PAUC, {name}": ([], name, ["PAUC"]) for name in VARIANTS}
+    for name in ("refreshed prototypes", "the queue's keys"):  # where a prototype has one image in the batch
+        variants[f"PAUC, {name}, clusters x 6"] = scales["clusters x 6"], name, ["PAUC, clusters x 6"]
+    return dict(main=main, terms=alone | without, weights=weights, constants=constants, variants=variants, scale=scale)
 
 
 def align_to_centroid(terms, q, k, assignments, prototypes, args):
@@ -117,24 +123,47 @@ def corr_across_prototypes(terms, q, k, assignments, prototypes, args):
     terms["loss_corr"] = (on + args.corr_lambda * (s.square().sum() - s.diagonal().square().sum())) / len(s)
 
 
-def refreshed(terms, q, k, assignments, prototypes, args, beta=0.5):
-    """p_j = normalise(beta c_j + (1 - beta) mean of the batch's members), in both views and all three terms."""
-    ids, row, size = (x.to(q.device) for x in assignments.unique(return_inverse=True, return_counts=True))
-    p, p_positive = (F.normalize(beta * prototypes[ids] + (1 - beta) * torch.zeros_like(prototypes[ids]).index_add(0, row, z)
-                                 / size[:, None], dim=1) for z in (q, k))
+def all_three(terms, p, p_positive, args):
     terms.update(loss_align=losses.alignment(p, p_positive, args.align_alpha),
                  loss_uniform=losses.uniformity(p, args.uniform_t),
                  loss_corr=losses.correlation(p, p_positive, args.corr_lambda))
 
 
+def refreshed(terms, q, k, assignments, prototypes, args, beta=0.5):
+    """p_j = normalise(beta c_j + (1 - beta) mean of the batch's members), in both views and all three terms."""
+    ids, row, size = (x.to(q.device) for x in assignments.unique(return_inverse=True, return_counts=True))
+    p, p_positive = (F.normalize(beta * prototypes[ids] + (1 - beta) * torch.zeros_like(prototypes[ids]).index_add(0, row, z)
+                                 / size[:, None], dim=1) for z in (q, k))
+    all_three(terms, p, p_positive, args)
+
+
+waiting = []  # the queue's keys and their images' indices, batch by batch
+
+
+def with_the_queues_keys(terms, q, k, assignments, prototypes, args):
+    """p_j and p+_j of the batch's images and of the queue's keys of the same prototype; `assignments` are of both."""
+    members = (assignments[:len(q)].unique()[:, None] == assignments).to(q)  # JxN+Q
+    p, p_positive = (F.normalize(members @ torch.cat([z, *(keys for keys, _ in waiting)]), dim=1) for z in (q, k))
+    all_three(terms, p, p_positive, args)
+
+
+def with_index_of_the_queue(q, k, index, queue, clusterings, args, epoch, step):
+    """pretrain.pauc, where `prototype_terms` gets the assignments of the queue's keys behind those of the batch."""
+    found = pauc(q, k, torch.cat([index, *(images for _, images in waiting)]), queue, clusterings, args, epoch, step)
+    waiting.append((k, index))
+    del waiting[:-(args.queue_size // args.batch_size)]
+    return found
+
+
 VARIANTS = {"align to centroid": align_to_centroid, "corr of images": corr_of_images,
-            "corr across prototypes": corr_across_prototypes, "refreshed prototypes": refreshed}
+            "corr across prototypes": corr_across_prototypes, "refreshed prototypes": refreshed,
+            "the queue's keys": with_the_queues_keys}
 
 
 def varied(variant):
     """pretrain.prototype_terms with what a variant puts in its place."""
     def terms(q, k, assignments, prototypes, concentration, args, negatives):
-        found = prototype_terms(q, k, assignments, prototypes, concentration, args, negatives)
+        found = prototype_terms(q, k, assignments[:len(q)], prototypes, concentration, args, negatives)
         VARIANTS[variant](found, q, k, assignments, prototypes, args)
         return found
     return terms
@@ -173,6 +202,8 @@ def work(run, args, old):
     loader.load = data(args)
     if run["variant"]:
         pretrain.prototype_terms = varied(run["variant"])
+    if run["variant"] == "the queue's keys":
+        pretrain.pauc = with_index_of_the_queue
     then = pretrain.parse_args(run["argv"])
     last, kept, result = folder / "checkpoint.pth", [], dict(old)
     if not old:
@@ -305,8 +336,8 @@ def main(argv=None):
             os.replace(new, lines)
             print(f"{run['name']}, seed {run['seed']}: " + "  ".join(
                 f"{name} {record[name]:.4g}" for name in (*FIGURES, "seconds") if name in record), flush=True)
-    (args.output / "table.md").write_text(table(records, grids, same))
-    print((args.output / "table.md").read_text())
+    (args.output / "table.md").write_text(text := table(records, grids, same))
+    print(text)
     sys.exit(failed > 0)
 
 
