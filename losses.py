@@ -31,26 +31,19 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments: (N,) long, each image's
     own prototype s. S is the set of distinct prototypes that the batch touches and `num_negatives` others, drawn without
     replacement from `generator`, on the device that it lives on; all P where there are no more, or with None. Returns
-    loss, accuracy. An assignment outside [0, P) raises IndexError (on a GPU: a device assert).
+    loss, accuracy. An assignment of P or more raises IndexError (on a GPU: a device assert).
 
     S is a set, unlike in PCL's code, where two images of one prototype are each other's negatives.
     """
-    num_prototypes, assignments = len(prototypes), assignments.to(q.device, non_blocking=True)
+    num_prototypes = len(prototypes)
     if num_negatives is None or num_negatives >= num_prototypes:
-        return _cross_entropy(q @ prototypes.T / concentration, assignments)
-    # Touched prototypes first, the others behind them in random order. The number J of those touched stays on the
-    # device: we take as many columns as there could be and mask those past J + num_negatives.
+        return _cross_entropy(q @ prototypes.T / concentration, assignments.to(q.device, non_blocking=True))
+    ids, target = (x.to(q.device, non_blocking=True) for x in assignments.unique(return_inverse=True))
     device = generator.device if generator is not None else q.device
     rank = torch.randperm(num_prototypes, generator=generator, device=device).to(q.device)
-    touched = torch.zeros(num_prototypes, dtype=torch.bool, device=q.device)
-    touched[assignments] = True
-    size = min(num_prototypes, len(q) + num_negatives)
-    chosen = rank.masked_fill(touched, -1).topk(size, largest=False).indices  # S and a few more
-    column = torch.empty_like(rank)
-    column[chosen] = torch.arange(size, device=q.device)  # where each chosen prototype stands
-    logits = q @ prototypes[chosen].T / concentration[chosen]  # NxS
-    surplus = torch.arange(size, device=q.device) >= touched.sum() + num_negatives
-    return _cross_entropy(logits.masked_fill(surplus, -math.inf), column[assignments])
+    rank[ids] = torch.arange(-len(ids), 0, device=q.device)  # those touched come first, in order
+    chosen = rank.topk(min(num_prototypes, len(ids) + num_negatives), largest=False).indices  # S
+    return _cross_entropy(q @ prototypes[chosen].T / concentration[chosen], target)
 
 
 def prototype_features(z, assignments):
