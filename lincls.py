@@ -93,6 +93,7 @@ def main_worker(args):
     if checkpoint:
         net.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.wd)
         run = {name: checkpoint[name] for name in run}
     log = pretrain.Log(args, checkpoint)
 
@@ -171,10 +172,10 @@ def train_epoch(backbone, fc, optimizer, views, run, args, log, save_run):
             features = backbone(image)
         logits = fc(features.float())
         loss = F.cross_entropy(logits, label)
-        optimizer.zero_grad()
-        loss.backward()
         accuracy = (logits.argmax(1) == label).float().mean()
         report.update(pretrain.mean_over_processes(dict(loss=loss, accuracy=accuracy), run, args))
+        optimizer.zero_grad()
+        loss.backward()
         optimizer.step()
 
 

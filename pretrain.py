@@ -140,6 +140,7 @@ def main_worker(args):
     if checkpoint:
         model.load_state_dict(checkpoint["state_dict"])
         optimizer.load_state_dict(checkpoint["optimizer"])
+        optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.wd)  # what the flags say now
         if checkpoint["scaler"]:  # it has none without --amp fp16
             scaler.load_state_dict(checkpoint["scaler"])
         run = {name: checkpoint[name] for name in run}
@@ -230,6 +231,7 @@ def kmeans(v, num_clusters, seed, args):
     clustering.init_method = faiss.ClusteringInitMethod_AFK_MC2 if spread else faiss.ClusteringInitMethod_RANDOM
     clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 1000  # PCL's; more points are subsampled
     if args.device.type == "cuda" and faiss.get_num_gpus() > 0:
+        torch.cuda.empty_cache()  # faiss allocates beside torch
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, faiss.IndexFlatL2(x.shape[1]))
     else:
         index = faiss.IndexFlatL2(x.shape[1])
@@ -288,7 +290,7 @@ def embed(encoder, data, args):
     return v, labels
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def knn(backbone, train, val, args, k=20, temperature=0.07):
     """Top-1 in percent of the weighted k-nearest-neighbour classifier (arXiv 1805.01978) on the backbone's features.
 
@@ -296,11 +298,11 @@ def knn(backbone, train, val, args, k=20, temperature=0.07):
     """
     bank, bank_labels = embed(backbone, train, args)
     queries, labels = embed(backbone, val, args)
-    bank = F.normalize(bank, dim=1)
+    bank /= bank.norm(dim=1, keepdim=True).clamp(min=1e-12)  # in place: ImageNet's takes 10 GB
     queries, labels = builder.gather(F.normalize(queries, dim=1))[:len(val)], builder.gather(labels)[:len(val)]
     near, near_labels = [], []
-    for part in queries.split(1024):
-        cosine, index = (part @ bank.T).masked_fill(bank_labels < 0, -math.inf).topk(min(k, len(bank)), dim=1)
+    for part in queries.split(256):
+        cosine, index = (part @ bank.T).masked_fill_(bank_labels < 0, -math.inf).topk(min(k, len(bank)), dim=1)
         near.append(cosine)
         near_labels.append(bank_labels[index])
     world_size = dist.get_world_size()
@@ -325,9 +327,9 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
             q, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
         keys = min((epoch * run["steps"] + step) * args.batch_size, args.queue_size)  # that the queue holds by now
         loss, terms = pauc(q, k, index, model.queue[:, :keys], run["clusterings"], args, epoch, step)
+        report.update(mean_over_processes({"loss": loss, **terms}, run, args))  # waits; the backward is not waited for
         optimizer.zero_grad()
         scaler.scale(loss).backward()
-        report.update(mean_over_processes({"loss": loss, **terms}, run, args))
         scaler.step(optimizer)
         scaler.update()
         model.enqueue(k)
@@ -474,6 +476,7 @@ def plain(args):
 
 def summary(args, train, val):
     clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
+    slow = ", k-means on the CPU: faiss sees no GPU" if args.device.type == "cuda" and not faiss.get_num_gpus() else ""
     return "\n".join((
         f"data    {args.dataset}, {len(train)} images" + (f", {len(val)} for the kNN monitor" if val is not None else ""),
         f"model   {args.arch} at {args.crop_size} px, {args.dim} dimensions, queue {args.queue_size}, "
@@ -481,7 +484,7 @@ def summary(args, train, val):
         f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {len(train) // args.batch_size} steps of "
         f"{args.batch_size} images, lr {args.lr}, weights {args.align} {args.uniform} {args.corr}, seed {args.seed}",
         f"on      {dist.get_world_size()} x {args.device.type}, amp {args.amp}, {args.workers} workers each, "
-        f"to {args.output}"))
+        f"to {args.output}{slow}"))
 
 
 # -------------------------------------------------------------------------------- what both scripts need: arguments
@@ -553,10 +556,11 @@ def steps(views, run, args, log, save_run):
 
 
 def mean_over_processes(terms, run, args):
-    """{name: 0-dim tensor} -> {name: float}, their means: one collective, and the step's one wait for the device.
+    """{name: 0-dim tensor} -> {name: float}, their means: one collective, and the step's one wait for the device (fp16's
+    scaler has another).
 
     The processes also agree here whether a signal ends the run after this step. Raises FloatingPointError where a mean is
-    not finite; call it before the optimizer's step.
+    not finite; call it before the backward, which then runs while the next batch is prepared.
     """
     values = torch.stack([term.detach().float() for term in terms.values()])
     values = torch.cat([values, values.new_full((1,), float(stop.caught))])

@@ -193,9 +193,9 @@ def step_functions(case, batch, methods, options):
         with pretrain.autocast(args):
             q, k = ddp(im_q, im_k, permutation.to(device))
         loss, terms = pretrain.pauc(q, k, index, model.queue, clusterings, args, 0, next(count))
+        torch.stack([term.detach().float() for term in terms.values()]).tolist()  # the step's one wait for the device
         optimizer.zero_grad()
         loss.backward()
-        torch.stack([term.detach().float() for term in terms.values()]).tolist()  # the step's one wait for the device
         optimizer.step()
         model.enqueue(k)
     return {"floor": floor} | {name: lambda x=x: step(*x) for name, x in methods.items()}

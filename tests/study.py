@@ -137,7 +137,7 @@ def refreshed(terms, q, k, assignments, prototypes, args, beta=0.5):
     all_three(terms, p, p_positive, args)
 
 
-waiting = []  # the queue's keys and their images' indices, batch by batch
+waiting = []  # the queue's keys and their images' indices, batch by batch; empty again in a run that goes on
 
 
 def with_the_queues_keys(terms, q, k, assignments, prototypes, args):
@@ -244,7 +244,7 @@ def measure(argv, paths, sizes, picture):
 
     def worker(args):
         train, val = pretrain.open_data(args)
-        args.num_clusters = sizes
+        args.num_clusters, args.kmeans_iters, args.kmeans_restarts, args.kmeans_init = sizes, 15, 1, "auto"
         for path in paths:
             checkpoint = pretrain.load(path)
             state = checkpoint["state_dict"]

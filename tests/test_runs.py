@@ -67,6 +67,16 @@ def test_a_run_resumed_after_its_second_epoch_is_the_uninterrupted_one(digits_ru
     assert untimed(read_log(resumed)) == untimed(read_log(digits_run))
 
 
+def test_a_resumed_run_takes_another_weight_decay_and_momentum(digits_run, tmp_path, call):
+    (tmp_path / "run").mkdir()
+    shutil.copy(digits_run / "checkpoint_0002.pth", tmp_path / "run" / "checkpoint.pth")
+    status, out, _ = call(pretrain.main, *SMALL, "--batch-size", 128, "--epochs", 3, "--num-clusters", 28, 57, 119, "--wd", 0.5,
+                          "--momentum", 0.5, "--knn-every", 0, "--output", tmp_path / "run", "--resume", "auto")
+    assert status == 0 and "--wd 0.0001 (now 0.5)" in out
+    group, = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.5)
+
+
 def test_a_run_resumed_within_an_epoch_is_the_uninterrupted_one(tmp_path, call, monkeypatch):
     flags = [*SMALL, "--batch-size", 128, "--epochs", 3, "--warmup-epochs", 1, "--print-every", 3, "--num-negatives", 40,
              "--keep-every", 1]
