@@ -46,9 +46,9 @@ import pretrain  # noqa: E402
 
 TRAIN = 54_000  # nine tenths of Fashion-MNIST's training images
 COAGULATION = "diversity", "effective_rank", "separation", "balance"
-FIGURES = "knn", "linear", "test_knn", "test_linear", *COAGULATION, "ami"
-TITLES = "kNN", "linear", "test kNN", "test linear", "diversity", "effective rank", "separation", "balance", "AMI"
-DIGITS = dict(knn=2, linear=2, test_knn=2, test_linear=2, diversity=4, effective_rank=1)  # in the table; else 3
+FIGURES = "knn", "linear", "test_knn", "test_linear", "diversity", "effective_rank", "ami"  # in the table
+TITLES = "kNN", "linear", "test kNN", "test linear", "diversity", "effective rank", "AMI"
+DIGITS = dict(knn=2, linear=2, test_knn=2, test_linear=2, diversity=3, effective_rank=1, ami=3)
 read, prototype_terms, pauc = loader.load, pretrain.prototype_terms, pretrain.pauc  # the project's own
 
 
@@ -94,10 +94,10 @@ def methods(sizes):
     values = {"corr-lambda": (0.005, 0.05, 1), "uniform-t": (1, 4), "align-alpha": (1,)}
     constants = {f"PAUC {flag} {value}": ([f"--{flag}", str(value)], None, ["PAUC"])
                  for flag in values for value in values[flag]}
-    scales = {"clusters / 8": ["--num-clusters", *(str(max(2, size // 8)) for size in sizes)],
-              "clusters x 6": ["--num-clusters", *(str(6 * size) for size in sizes)], "batch 32": ["--batch-size", "32"],
-              "epochs 20": ["--epochs", "20"],
-              "PCL's k-means": ["--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random"]}
+    scales = {"clusters x 6": ["--num-clusters", *(str(6 * size) for size in sizes)], "epochs 20": ["--epochs", "20"],
+              "PCL's k-means": ["--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random"],
+              "batch 32": ["--batch-size", "32"],
+              "clusters / 8": ["--num-clusters", *(str(max(2, size // 8)) for size in sizes)]}
     scale = {f"{method}, {name}": (main[method][0] + flags, None, [method] + [f"PCL, {name}"] * (method == "PAUC"))
              for name, flags in scales.items() for method in ("PCL", "PAUC")}
     variants = {f"PAUC, {name}": ([], name, ["PAUC"]) for name in VARIANTS}
@@ -357,7 +357,7 @@ def table(records, grids, same):
         cells = []
         for figure in figures:
             x = [value[figure] for value in values if figure in value]
-            digits = DIGITS.get(figure, 3)
+            digits = DIGITS[figure]
             spread = f" ± {statistics.stdev(x) / (len(x) ** 0.5 if error else 1):.{digits}f}" if len(x) > 1 else ""
             cells.append(f"{statistics.fmean(x):{sign}.{digits}f}{spread}" if x else "")
         return "| " + " | ".join([name, str(len(values)), *cells]) + " |"
