@@ -18,9 +18,11 @@ import loader
 import pretrain
 from pretrain import natural, natural_float, positive
 
-# What suits the digits: their features have a larger scale than an ImageNet ResNet's, and there are few of them.
-DEFAULTS = {"digits": dict(lr=0.3, epochs=30, schedule=[18, 24], min_scale=0.8, flip=False, batch_size=64)}
+# The features of small images have a larger scale than an ImageNet ResNet's.
 IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08, flip=True, batch_size=256)
+SMALL = IMAGENET | dict(lr=0.03)
+DEFAULTS = {"folder": IMAGENET, "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL,
+            "digits": dict(lr=0.3, epochs=30, schedule=[18, 24], min_scale=0.8, flip=False, batch_size=64)}
 FIXED = "dataset", "arch", "crop_size", "batch_size"
 
 
@@ -40,7 +42,7 @@ def parse_args(argv=None):
     add("-a", "--arch", help="a torchvision net that ends in fc")
     add("--epochs", type=positive(int))
     add("-b", "--batch-size", type=positive(int), help="images over all processes (default: 256, digits: 64)")
-    add("--lr", "--learning-rate", type=positive(float), help="default: 30, for features of an ImageNet ResNet's scale")
+    add("--lr", "--learning-rate", type=positive(float), help="default: 30; less for small images, whose features are larger")
     add("--schedule", type=natural, nargs="+", metavar="EPOCH", help="divide lr by 10 there")
     add("--momentum", type=pretrain.fraction, default=0.9)
     add("--wd", "--weight-decay", type=natural_float, default=0.0)
@@ -74,7 +76,7 @@ def main_worker(args):
         if val is None or not train.num_classes:
             raise ValueError(f"{args.dir}: a probe needs labels: DIR/train/CLASS/* and DIR/val/CLASS/*")
         net = frozen_net(args, source, train.num_classes)
-        pretrain.fit_batch(args, len(train), DEFAULTS.get(args.dataset, IMAGENET)["batch_size"])
+        pretrain.fit_batch(args, len(train), DEFAULTS[args.dataset]["batch_size"])
         if args.pretrained and not args.knn:
             checkpoint = pretrain.open_output(args, len(train), FIXED)
     if args.knn or args.evaluate:
@@ -127,7 +129,7 @@ def adopt(args, source):
     args.dir = args.dir or "data"
     args.crop_size = args.crop_size or then.get("crop_size") or defaults["crop_size"]
     args.arch = args.arch or (isinstance(source, dict) and source.get("arch")) or defaults["arch"]
-    for name, value in DEFAULTS.get(args.dataset, IMAGENET).items():
+    for name, value in DEFAULTS[args.dataset].items():
         if name != "batch_size" and getattr(args, name) is None:
             setattr(args, name, value)
 

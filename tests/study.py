@@ -1,8 +1,8 @@
 """The study: methods, weights and seeds on Fashion-MNIST, by pretrain.py's and lincls.py's own functions.
 
     python tests/study.py --data DIR --grid main --seeds 5 --jobs 4                      # ResNet-18 at 28 px, one GPU
-    python tests/study.py --data DIR --grid main --seeds 3 --jobs 2 --images 20000 --arch shufflenet_v2_x0_5 --crop-size 14 \
-        --epochs 14 --warmup-epochs 4 --batch-size 64 --queue-size 256 --min-scale 0.5    # two cores, no GPU
+    python tests/study.py --data DIR --grid main --seeds 5 --jobs 2 --images 5000 --crop-size 8 --amp bf16 --epochs 10 \
+        --warmup-epochs 2 --batch-size 64 --queue-size 1024 --min-scale 0.6 --no-flip --lr 0.01 --temperature 0.1    # two cores
     python tests/study.py THE SAME --grid main --test                                    # once, when every choice is made
     python tests/study.py --plot                                                         # img/*.png of what OUTPUT holds
 
@@ -63,8 +63,8 @@ def parse_args(argv=None):
     add("--val-images", type=int, default=4000, help="held-out images")
     add("--num-clusters", type=int, nargs="+", metavar="P", help="of PCL and PAUC, and for measuring (default: pretrain's)")
     add("--curve-every", type=int, metavar="EPOCHS", help="of MoCo's curve (default: a tenth of the epochs)")
-    add("--probe-lr", type=float, default=1.0, help="chosen once on the held-out images, the same for every method")
-    add("--probe-epochs", type=int, default=20)
+    add("--probe-lr", type=float, default=0.03, help="chosen once on the held-out images, the same for every method")
+    add("--probe-epochs", type=int, default=10)
     add("--probe-batch", type=int, default=256)
     add("--test", action="store_true", help="read the test set")
     add("--output", type=Path, default=Path("study"))
