@@ -10,8 +10,9 @@ DIR holds FashionMNIST/raw/*.gz. Grids: main, terms, weights, constants, variant
 goes to pretrain.py. A tenth of the training images is held out; every figure and choice is on it. The test set is read by
 --test alone, with the last epoch's weights.
 
-OUTPUT/runs.jsonl has one line a run, OUTPUT/table.md the means. What is there is skipped, a run that was cut short goes on,
-and with other --probe flags only the probes are made again. OUTPUT/RUN/run.txt is what a run printed.
+OUTPUT/runs.jsonl has one line a run, OUTPUT/table.md the means over the first --seeds seeds. What is there is skipped, a
+run that was cut short goes on, and with other --probe flags only the probes are made again. OUTPUT/RUN/run.txt is what a
+run printed.
 
 The coagulation figures are measured after the last epoch, the same for every method: momentum encoder, training images,
 k-means with the same sizes; where one value is given it is the mean over the sizes. A run's curve is from its log, with the
@@ -336,7 +337,8 @@ def main(argv=None):
             os.replace(new, lines)
             print(f"{run['name']}, seed {run['seed']}: " + "  ".join(
                 f"{name} {record[name]:.4g}" for name in (*FIGURES, "seconds") if name in record), flush=True)
-    (args.output / "table.md").write_text(text := table(records, grids, same))
+    chosen = {key: record for key, record in records.items() if key[1] < args.seeds}
+    (args.output / "table.md").write_text(text := table(chosen, grids, same))
     print(text)
     sys.exit(failed > 0)
 
