@@ -388,12 +388,14 @@ def plot(args):
         from matplotlib import pyplot
     except ImportError:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
+    from scipy.spatial.distance import pdist
     from sklearn.manifold import TSNE
     records = read_runs(args.output / "runs.jsonl")
     args.img.mkdir(parents=True, exist_ok=True)
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110})
     figure, axes = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
-    for method, colour in (("MoCo", "0.5"), ("PCL", "tab:orange"), ("PAUC", "tab:blue")):
+    colours = {"MoCo": "0.5", "PCL": "tab:orange", "PAUC": "tab:blue"}
+    for method, colour in colours.items():
         curves = [record["curve"] for (name, _), record in records.items() if name == method]
         for axis, title in zip(axes, ("diversity", "effective_rank")):
             epochs = sorted({row["epoch"] for curve in curves for row in curve})
@@ -405,7 +407,7 @@ def plot(args):
     axes[0].legend(frameon=False)
     figure.savefig(args.img / "coagulation.png")
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
     for axis, method in zip(axes, ("PCL", "PAUC")):
         path = args.output / f"{method}-s0" / "map.npz"
         if not path.exists() or (method, 0) not in records:
@@ -416,6 +418,12 @@ def plot(args):
         axis.scatter(*places.T, c=picture["prototype"], cmap="tab10", vmax=9, s=6, linewidths=0)
         axis.set(xticks=[], yticks=[], title=f"{method}, diversity {records[method, 0]['diversity']:.3f}")
         axis.axis("equal")
+    for method, colour in colours.items():  # t-SNE draws all clusters about equally dense; this does not
+        pictures = [np.load(args.output / f"{method}-s{seed}" / "map.npz") for name, seed in records if name == method]
+        within = [pdist(x["v"][x["prototype"] == j]) for x in pictures for j in np.unique(x["prototype"])]
+        axes[2].hist(np.concatenate(within), bins=60, density=True, histtype="step", color=colour, label=method)
+    axes[2].set(yticks=[], title="distances within these prototypes")
+    axes[2].legend(frameon=False)
     figure.savefig(args.img / "prototypes.png")
 
 
