@@ -41,13 +41,12 @@ import losses
 
 # What suits each data set. Batch, queue and clusters (by images a prototype) are fitted to smaller ones.
 SMALL = dict(arch="resnet18", crop_size=32, epochs=200, batch_size=256, queue_size=4096, moco_m=0.99, warmup_epochs=20,
-             knn_every=5, min_scale=0.2, flip=True, lr=0.03, temperature=0.2)
+             knn_every=5, min_scale=0.2, flip=True, lr=0.03, temperature=0.2, align=0.1, uniform=0.1, corr=0.1)
 DEFAULTS = {
-    "folder": dict(arch="resnet50", crop_size=224, epochs=200, batch_size=256, queue_size=16384, moco_m=0.999,
-                   warmup_epochs=20, knn_every=10, min_scale=0.2, flip=True, lr=0.03, temperature=0.2),
+    "folder": SMALL | dict(arch="resnet50", crop_size=224, queue_size=16384, moco_m=0.999, knn_every=10),
     "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL | dict(crop_size=28),
     "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0, batch_size=64, lr=0.01,
-                           temperature=0.1, queue_size=1024, knn_every=2),
+                           temperature=0.1, queue_size=1024, knn_every=2, align=1.0, uniform=1.0, corr=1.0),
 }
 IMAGES_PER_PROTOTYPE = 50, 25, 12
 EVALUATION_BATCH = 512
@@ -87,9 +86,9 @@ def parse_args(argv=None):
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
     add("--kmeans-init", choices=("auto", "spread", "random"), default="auto",
         help="first centroids: images far apart (AFK-MC2) or any, as in PCL; auto: far apart up to 4096")
-    add("--align", type=natural_float, default=0.1, help="weight of the alignment term")
-    add("--uniform", type=natural_float, default=0.1, help="weight of the uniformity term")
-    add("--corr", type=natural_float, default=0.1, help="weight of the correlation term")
+    add("--align", type=natural_float, help="weight of the alignment term (default: 0.1, digits: 1)")
+    add("--uniform", type=natural_float, help="weight of the uniformity term (likewise)")
+    add("--corr", type=natural_float, help="weight of the correlation term (likewise)")
     add("--align-alpha", type=checked(float, lambda value: 1 <= value < math.inf, "1 or more"), default=2.0)
     add("--uniform-t", type=positive(float), default=2.0)
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of the off-diagonal part")
