@@ -1,5 +1,6 @@
 """Whole runs of both scripts, and what they leave."""
 import gzip
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import SMALL, assert_same, read_log, same_ending, script, untimed
+from conftest import REPO, SMALL, assert_same, read_log, same_ending, script, untimed
 from torchvision import models
 
 import builder
@@ -65,6 +66,14 @@ def test_a_run_resumed_after_its_second_epoch_is_the_uninterrupted_one(digits_ru
     assert done.returncode == 0, done.stderr
     same_ending(digits_run, resumed)
     assert untimed(read_log(resumed)) == untimed(read_log(digits_run))
+
+
+def test_the_default_weights_gain_most_in_the_readmes_table():
+    """In linear top-1 over PCL, on held-out images."""
+    row = re.compile(r"^\| PAUC ([\d.]+) ([\d.]+) ([\d.]+)[^|]* − PCL \| 2 \| [^|]* \| ([+-][\d.]+) ", re.MULTILINE)
+    rows = [tuple(map(float, found)) for found in row.findall((REPO / "README.md").read_text())]
+    args = pretrain.parse_args(["DIR"])
+    assert len(rows) > 4 and max(rows, key=lambda values: values[3])[:3] == (args.align, args.uniform, args.corr)
 
 
 def test_a_resumed_run_takes_another_weight_decay_and_momentum(digits_run, tmp_path, call):
