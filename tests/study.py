@@ -90,8 +90,9 @@ def methods(sizes):
     alone = {f"PCL + {term}": (off(*(t for t in terms if t != term)), None, ["PCL"]) for term in terms}
     without = {f"PAUC without {term}": (off(term), None, ["PAUC"]) for term in terms}
     triples = ("1 1 1", "0.3 0.3 0.3", "0.1 0.1 0.1", "0.03 0.03 0.03", "1 0.1 0.1", "0.1 0.3 0.1", "0.1 0.1 0.3")
-    weights = {f"PAUC {triple}": ([part for pair in zip(("--align", "--uniform", "--corr"), triple.split()) for part in pair],
-                                  None, ["PCL"]) for triple in triples if triple != "0.1 0.1 0.1"}  # that is PAUC itself
+    own = " ".join(f"{pretrain.DEFAULTS['fashionmnist'][term]:g}" for term in terms)  # PAUC's
+    weights = {f"PAUC {triple}": ([part for term, weight in zip(terms, triple.split()) for part in (f"--{term}", weight)],
+                                  None, ["PCL"]) for triple in triples if triple != own}
     values = {"corr-lambda": (0.005, 0.05, 1), "uniform-t": (1, 4), "align-alpha": (1,)}
     constants = {f"PAUC {flag} {value}": ([f"--{flag}", str(value)], None, ["PAUC"])
                  for flag in values for value in values[flag]}
@@ -245,7 +246,9 @@ def measure(argv, paths, sizes, picture):
 
     def worker(args):
         train, val = pretrain.open_data(args)
-        args.num_clusters, args.kmeans_iters, args.kmeans_restarts, args.kmeans_init = sizes, 15, 1, "auto"
+        usual, args.num_clusters = pretrain.parse_args([]), sizes
+        for name in ("kmeans_iters", "kmeans_restarts", "kmeans_init"):  # not the run's own
+            setattr(args, name, getattr(usual, name))
         for path in paths:
             checkpoint = pretrain.load(path)
             state = checkpoint["state_dict"]

@@ -79,8 +79,8 @@ def test_the_default_weights_gain_most_in_the_readmes_table():
 def test_a_resumed_run_takes_another_weight_decay_and_momentum(digits_run, tmp_path, call):
     (tmp_path / "run").mkdir()
     shutil.copy(digits_run / "checkpoint_0002.pth", tmp_path / "run" / "checkpoint.pth")
-    status, out, _ = call(pretrain.main, *SMALL, "--batch-size", 128, "--epochs", 3, "--num-clusters", 28, 57, 119, "--wd", 0.5,
-                          "--momentum", 0.5, "--knn-every", 0, "--output", tmp_path / "run", "--resume", "auto")
+    status, out, _ = call(pretrain.main, *SMALL, "--batch-size", 128, "--epochs", 3, "--wd", 0.5, "--momentum", 0.5,
+                          "--knn-every", 0, "--output", tmp_path / "run", "--resume", "auto")
     assert status == 0 and "--wd 0.0001 (now 0.5)" in out
     group, = torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["momentum"]) == (0.5, 0.5)
