@@ -1,7 +1,8 @@
-"""The momentum-queue model (MoCo, arXiv 1911.05722): two encoders, a queue, shuffled BN, gathering across processes.
+"""The momentum-queue model (MoCo, arXiv 1911.05722): two encoders, a queue, shuffled BN, gathering
+across processes.
 
-A process group must exist, also for one process. Shapes: n images of this process, N of all of them, C dimensions,
-Q queue length.
+A process group must exist, also for one process. Shapes: n images of this process, N of all of
+them, C dimensions, Q queue length.
 """
 import copy
 import difflib
@@ -12,62 +13,79 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import models
 
-# ---------------------------------------------------------------------------------------------------------- encoders
+HEAD = "fc"  # what torchvision, and so MoCo's checkpoints, call the last layer
+EMPTY, UNKNOWN = -1, -2  # in place of the index of a queued key's image
 
 
-def build_backbone(arch, small_images=False, bn_splits=1, num_classes=1000):
-    """A torchvision classifier whose last layer is `fc`, from scratch: (n, 3, H, W) -> (n, num_classes).
+class UsageError(ValueError):
+    """Something that the user is to mend, said in one line."""
 
-    small_images: the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no max-pool.
-    bn_splits: BN statistics over so many slices of the batch. Raises ValueError with a line for the user.
+    status = 2
+
+
+# --------------------------------------------------------------------------------------- encoders
+
+
+def build_backbone(arch, small_images=False, bn_splits=1):
+    """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width.
+
+    small_images: the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no
+    max-pool. bn_splits: BN statistics over so many slices of the batch.
+
+    A network of one's own goes here: all else asks for is that its last layer is called `fc`, and
+    is the identity.
     """
     known = models.list_models(module=models)
     if arch not in known:
         close = difflib.get_close_matches(arch, known, n=1) or ["resnet50"]
-        raise ValueError(f"--arch {arch}: torchvision has no such classifier; did you mean {close[0]}?")
-    net = models.get_model(arch, num_classes=num_classes)
-    if not isinstance(getattr(net, "fc", None), nn.Linear) or hasattr(net, "aux_logits"):
-        raise ValueError(f"--arch {arch}: does not end in one layer named fc; resnets, resnexts, wide resnets, regnets "
-                         f"and shufflenets do")
+        raise UsageError(f"--arch {arch}: torchvision has no such classifier; did you mean "
+                         f"{close[0]}?")
+    net = models.get_model(arch)
+    head = getattr(net, HEAD, None)
+    if not isinstance(head, nn.Linear) or hasattr(net, "aux_logits"):
+        raise UsageError(f"--arch {arch}: does not end in one layer named fc; resnets, resnexts, "
+                         f"wide resnets, regnets and shufflenets do")
+    setattr(net, HEAD, nn.Identity())
     if small_images:
         first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
-        stem = nn.Conv2d(3, first.out_channels, kernel_size=3, stride=1, padding=1, bias=first.bias is not None)
+        stem = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=first.bias is not None)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         _replace(net, lambda module: stem if module is first else module)
         if hasattr(net, "maxpool"):
             net.maxpool = nn.Identity()
     if bn_splits > 1:
-        _replace(net, lambda module: SplitBatchNorm2d(module, bn_splits) if type(module) is nn.BatchNorm2d else module)
-    return net
+        _replace(net, lambda module: (SplitBatchNorm2d(module, bn_splits)
+                                      if type(module) is nn.BatchNorm2d else module))
+    return net, head.in_features
 
 
-def without_head(net):
-    """The same modules and weights with the identity in place of `fc`: a view that gives the backbone's features."""
+def with_head(net, head):
+    """The same modules and weights with `head` as the last layer: a view of them."""
     view = copy.copy(net)
-    view._modules = dict(net._modules, fc=nn.Identity())
+    view._modules = net._modules | {HEAD: head}
     return view
 
 
-def read_backbone(checkpoint):
-    """The state dict of the query encoder's backbone, without its `fc`, from whatever `torch.load` gave.
+def backbone_of(encoder):
+    """A view of an encoder that gives its backbone's features."""
+    return with_head(encoder, nn.Identity())
 
-    Takes this project's checkpoints and backbone.pth, MoCo's and PCL's checkpoints, each with or without the "module."
-    that DDP puts before its keys, and torchvision's own weights. Raises ValueError where it finds no weights.
-    """
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else {}
-    state = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if any(name.startswith("encoder_q.") for name in state):
-        state = {name.removeprefix("encoder_q."): value for name, value in state.items() if name.startswith("encoder_q.")}
-    state = {name: value for name, value in state.items() if name.split(".")[0] != "fc"}
-    if not state:
-        raise ValueError("holds no weights; give a checkpoint or backbone.pth of PAUC, or a checkpoint of MoCo or PCL")
-    return state
+
+def head_of(encoder):
+    return getattr(encoder, HEAD)
+
+
+def is_of_head(name):
+    """Is this entry of an encoder's state dict one of its head's?"""
+    return name.startswith(f"{HEAD}.")
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BN over `splits` consecutive slices of the batch, each with statistics of its own, as if on as many processes.
+    """BN over `splits` consecutive slices of the batch, each with statistics of its own, as if on
+    as many processes.
 
-    The running statistics are those of the first slice, as in a run of several processes they are those of the first.
+    The running statistics are those of the first slice, as in a run of several processes they are
+    those of the first.
     """
 
     def __init__(self, bn, splits):
@@ -79,8 +97,9 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         first, *others = x.chunk(self.splits)
-        return torch.cat([super().forward(first), *(
-            F.batch_norm(part, None, None, self.weight, self.bias, training=True, eps=self.eps) for part in others)])
+        others = [F.batch_norm(part, None, None, self.weight, self.bias, training=True,
+                               eps=self.eps) for part in others]
+        return torch.cat([super().forward(first), *others])
 
 
 def _replace(module, function):
@@ -89,55 +108,112 @@ def _replace(module, function):
         _replace(child, function)
 
 
-# -------------------------------------------------------------------------------------------------------------- MoCo
+# ------------------------------------------------------------------------------------ checkpoints
+
+# Encoders that follow another one by momentum; where a checkpoint has both, the other is wanted.
+FOLLOWERS = "encoder_k", "momentum", "target", "teacher", "ema"
+
+
+def tensors(checkpoint):
+    """All tensors of whatever `torch.load` gave by name, those of nested dicts joined by dots."""
+    found = {}
+    for name, value in checkpoint.items() if isinstance(checkpoint, dict) else ():
+        if isinstance(value, torch.Tensor):
+            found[str(name)] = value
+        elif isinstance(value, dict):
+            found |= {f"{name}.{inner}": x for inner, x in tensors(value).items()}
+    return found
+
+
+def load_backbone(encoder, checkpoint):
+    """Load an encoder's weights but for its head from whatever `torch.load` gave.
+
+    The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
+    checkpoints, this project's, torchvision's weights, and many others. Returns the prefix. Raises
+    UsageError with what is missing.
+    """
+    state = tensors(checkpoint)
+    wanted = {name: x for name, x in encoder.state_dict().items() if not is_of_head(name)}
+    first = next(iter(wanted))
+    prefixes = [name[:-len(first)] for name in state if name.endswith(first)]
+    if not prefixes:
+        raise UsageError(f"holds no backbone with a layer {first.removesuffix('.weight')}; give a "
+                         f"checkpoint of PAUC, MoCo or PCL, a backbone.pth, or weights of "
+                         f"torchvision")
+
+    def fit(prefix):
+        return (sum(prefix + name in state for name in wanted),
+                not any(word in prefix for word in FOLLOWERS))
+    prefix = max(prefixes, key=fit)
+    found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    missing = [name for name in wanted if name not in found and "num_batches" not in name]
+    wrong = [name for name in found if found[name].shape != wanted[name].shape]
+    if missing or wrong:
+        what = (f"{missing[0]} is missing" if missing else
+                f"{wrong[0]} is {list(found[wrong[0]].shape)}, not {list(wanted[wrong[0]].shape)}")
+        raise UsageError(f"its weights are not those of this network ({what})")
+    encoder.load_state_dict(found, strict=False)
+    return prefix
+
+
+# ------------------------------------------------------------------------------------------- MoCo
 
 
 class MoCo(nn.Module):
-    """Query encoder, momentum key encoder and queue. The state dict's keys are those of MoCo's own checkpoints.
+    """Query encoder, momentum key encoder and queue. The state dict's names are those of MoCo's own
+    checkpoints, and `queue_index`.
 
-    arch, small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key encoder. mlp: MoCo v2's
-    two-layer head, else one layer.
+    arch, small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key
+    encoder. mlp: MoCo v2's two-layer head, else one layer.
     """
 
-    def __init__(self, arch, dim=128, queue_size=65536, momentum=0.999, mlp=True, small_images=False, bn_splits=1):
+    def __init__(self, arch, dim=128, queue_size=65536, momentum=0.999, mlp=True,
+                 small_images=False, bn_splits=1):
         super().__init__()
         self.momentum = momentum
-        self.encoder_q = build_backbone(arch, small_images, bn_splits, num_classes=dim)
+        backbone, width = build_backbone(arch, small_images, bn_splits)
+        head = nn.Linear(width, dim)
         if mlp:
-            width = self.encoder_q.fc.in_features
-            self.encoder_q.fc = nn.Sequential(nn.Linear(width, width), nn.ReLU(), self.encoder_q.fc)
+            head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), head)
+        self.encoder_q = with_head(backbone, head)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
-        self.register_buffer("queue", torch.zeros(dim, queue_size))  # keys: CxQ, empty at first
+        self.register_buffer("queue", torch.zeros(dim, queue_size))  # keys: CxQ
         self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.long))
+        self.register_buffer("queue_index", torch.full((queue_size,), EMPTY))  # their images
 
     def forward(self, im_q, im_k, permutation):
-        """Queries of this process's images and keys of all: q (n, C) with gradient, k (N, C) without, unit rows, in the
-        queue's dtype.
+        """Queries of this process's images and keys of all: q (n, C) with gradient, k (N, C)
+        without, unit rows, in the queue's dtype.
 
-        im_q, im_k: (n, 3, H, W), the two views. permutation: (N,) long, the same on every process: the order in which the
-        processes' images meet in the key encoder's BN, so that a key's statistics do not give its query away.
+        im_q, im_k: (n, 3, H, W), the two views. permutation: (N,) long, the same on every process:
+        the order in which the processes' images meet in the key encoder's BN, so that a key's
+        statistics do not give its query away.
         """
         q = F.normalize(self.encoder_q(im_q).to(self.queue.dtype), dim=1)  # queries: nxC
         with torch.no_grad():
             self.update_key_encoder()
             n, rank, device = len(im_k), dist.get_rank(), im_k.device.type
-            if torch.is_autocast_enabled(device):  # what the first convolution would do: half the bytes to exchange
+            if torch.is_autocast_enabled(device):  # as the first convolution: half the bytes
                 im_k = im_k.to(torch.get_autocast_dtype(device))
             im_k = gather(im_k)[permutation[rank * n:(rank + 1) * n]]
-            k = gather(F.normalize(self.encoder_k(im_k).to(self.queue.dtype), dim=1))  # keys: NxC, permuted
+            k = F.normalize(self.encoder_k(im_k).to(self.queue.dtype), dim=1)
+            k = gather(k)  # keys: NxC, permuted
             k = torch.empty_like(k).index_copy_(0, permutation, k)
         return q, k
 
     @torch.no_grad()
     def update_key_encoder(self):
-        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()), 1 - self.momentum)
+        torch._foreach_lerp_(list(self.encoder_k.parameters()), list(self.encoder_q.parameters()),
+                             1 - self.momentum)
 
     @torch.no_grad()
-    def enqueue(self, k):
-        """Replace the oldest keys by k (N, C). After backward, which still needs the queue as it was."""
+    def enqueue(self, k, index):
+        """Replace the oldest keys by k (N, C) of the images index (N,). After backward, which still
+        needs the queue as it was. Nothing waits for the device."""
         size = self.queue.shape[1]
-        columns = (self.queue_ptr + torch.arange(len(k), device=k.device)) % size  # on the device: nothing waits for it
+        columns = (self.queue_ptr + torch.arange(len(k), device=k.device)) % size
         self.queue[:, columns[-size:]] = k[-size:].T
+        self.queue_index[columns[-size:]] = index[-size:].to(k.device, non_blocking=True)
         self.queue_ptr.add_(len(k)).remainder_(size)
 
     @torch.no_grad()
@@ -147,10 +223,16 @@ class MoCo(nn.Module):
             if name.startswith("encoder_"):
                 dist.broadcast(buffer, src=0)
 
+    def _load_from_state_dict(self, state, prefix, *rest):
+        if prefix + "queue" in state:  # MoCo's own is full, and does not say of which images
+            unknown = torch.full_like(self.queue_index, UNKNOWN)
+            state.setdefault(prefix + "queue_index", unknown)
+        super()._load_from_state_dict(state, prefix, *rest)
 
-# ------------------------------------------------------------------------------------------------- across processes
 
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch renamed it
+# ------------------------------------------------------------------------------- across processes
+
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # renamed
 
 
 @torch.no_grad()
@@ -162,10 +244,11 @@ def gather(x):
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """As `gather`, with a backward that sums the gradients of all processes (as VICReg's, arXiv 2105.04906).
+    """As `gather`, with a backward that sums the gradients of all processes (as VICReg's, arXiv
+    2105.04906).
 
-    A loss that every process evaluates on the gathered rows so gives each process world_size times its gradient, and
-    DDP's mean over processes is exact.
+    A loss that every process evaluates on the gathered rows so gives each process world_size times
+    its gradient, and DDP's mean over processes is exact.
     """
 
     @staticmethod

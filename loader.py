@@ -1,12 +1,26 @@
-"""Images in: data sets by name or folder, two augmented views with the image's index, sharding for evaluation.
+"""Images in: data sets by name or folder, two augmented views with the image's index, evaluation.
 
-Images of a folder are read and cropped by workers, images in memory are cropped on the device; all else is done to whole
-batches on the device. Random numbers come from `key(seed, epoch, index)` for what a worker does to an image, and from
-`key(seed, epoch, step)` for what is done to a global batch, of which each process takes its rows. So a run sees the same
-views for any number of workers and processes, and can go on at any step without replaying what came before.
+    python loader.py DIR        # lists the images below DIR that cannot be read
+
+Images of a folder are read and cropped by workers, images in memory are cropped on the device; all
+else is done to whole batches on the device. Random numbers come from `seed_of(seed, epoch, index)`
+for what a worker does to an image, and from `seed_of(seed, epoch, "step", step)` for what is done
+to a global batch, of which each process takes its rows. So a run sees the same views for any number
+of workers and processes, and can go on at any step without replaying what came before.
+
+A data set is any object with
+    __len__, labels      n, and (n,) long on the CPU, -1 where there is none
+    num_classes          0 if there are no labels
+    statistics           mean and standard deviation of the three channels, in [0, 1]
+    digest               a short text that differs for other images
+    notes                lines that a person should read: what was left out, what was taken for what
+    images               (n, c, H, W) uint8 on the device; or else, if it is not in memory,
+    __getitem__          i -> (3, H, W) uint8, label
+and one of files has `names`, their n paths. A new one is a function in DATASETS.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
+import argparse
 import gzip
 import hashlib
 import math
@@ -14,240 +28,587 @@ import os
 import signal
 import sys
 import zlib
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 
-DATASETS = ("folder", "digits", "cifar10", "cifar100", "fashionmnist")
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "test", "testing")
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow needs other programs for them
+STATISTICS_IMAGES = 10_000
+KINDS = 8  # of other files that a note counts
+LOOK_IMAGES = 32  # files whose depth is looked at before a run
+SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
+ASPECT = 3 / 4, 4 / 3  # of a random crop
+TRIES = 10  # at a random crop that fits into the image
+CHUNK_PIXELS = 2 ** 16  # augmented at once on the CPU, to stay in its cache
 
 
-def key(*parts):
-    """A 63-bit generator seed that depends on every part: key(seed, epoch, index)."""
+class UsageError(ValueError):
+    """Something that the user is to mend, said in one line, the message's last."""
+    status = 2
+
+
+class FileError(UsageError):
+    """A file or folder that is missing, unreadable or broken."""
+    status = 1
+
+
+def seed_of(*parts):
+    """A 63-bit generator seed that depends on every part: seed_of(seed, epoch, index)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------------- data sets
+def shown(text):
+    """Text with file names in it as one line that can be printed."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(text))
 
 
-def load(dataset, root, split, classes=None, device="cpu"):
-    """The `split` ("train" or "val") of a data set: Files, or Arrays on `device`; None where there is no such split.
+# -------------------------------------------------------------------------------------- data sets
 
-    dataset: one of DATASETS. root: the image folder, or where torchvision's sets are or will be put. classes: a file of
-    class folders to keep, one a line. Both kinds have `labels` (n,) long on the CPU, -1 where there are none; `num_classes`;
-    and `statistics`, the mean and standard deviation of the channels. Raises ValueError or OSError with a line for the user.
+
+def load(dataset, root, split, classes=None, bits=16, device="cpu"):
+    """The `split` ("train" or "val") of a data set of DATASETS; None where there is no such split.
+
+    root: the image folder, or where torchvision's sets are or will be put. Of a folder alone:
+    classes, a file of class folders to keep, one a line; bits, how many of them 16-bit files use.
     """
-    if dataset != "folder" and classes:
-        raise ValueError("--classes: only an image folder has class folders to choose from")
-    train = split == "train"
     if dataset == "folder":
-        return _folder(Path(root), split, classes)
-    if dataset == "digits":
-        digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 1797x8x8
-        halves = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
-        return Arrays(halves[0 if train else 1], halves[2 if train else 3], device)
-    raw = Path(root) / "FashionMNIST" / "raw" / ("train" if train else "t10k")
-    files = [Path(f"{raw}-{name}.gz") for name in ("images-idx3-ubyte", "labels-idx1-ubyte")]
-    if dataset == "fashionmnist" and all(f.is_file() for f in files):
-        try:
-            images, labels = (gzip.decompress(f.read_bytes()) for f in files)
-            labels = np.frombuffer(labels, np.uint8, offset=8)
-            return Arrays(np.frombuffer(images, np.uint8, offset=16).reshape(len(labels), 28, 28), labels, device)
-        except (EOFError, ValueError, OSError, zlib.error) as error:
-            raise OSError(f"{files[0].parent}: a file is damaged ({error}); fetch it again") from None
-    kind = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "fashionmnist": datasets.FashionMNIST}[dataset]
-    try:
-        data = kind(root, train=train, download=True)
-    except (OSError, RuntimeError) as error:
-        raise OSError(f"{root}: {dataset} is not there and cannot be downloaded ({error}); put its archives there, or "
-                      f"name the folder that holds them: python pretrain.py DIR --dataset {dataset}") from None
-    return Arrays(np.asarray(data.data), data.targets, device)
+        return _folder(root, split, classes, bits)
+    if classes:
+        raise UsageError("--classes: only an image folder has class folders to choose from")
+    if bits != 16:
+        raise UsageError("--bits: only an image folder has files of 16 bits")
+    return DATASETS[dataset](root, split, device)
 
 
 class Arrays:
-    """A data set in the device's memory, of images (n, H, W) or (n, H, W, 3) uint8, and labels (n,)."""
+    """A data set in the device's memory, of images (n, H, W) or (n, H, W, 3) uint8, labels (n,)."""
 
     def __init__(self, images, labels, device="cpu"):
-        images = torch.from_numpy(np.array(images)).to(device)
-        self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
+        images, self.notes = np.array(images, order="C"), []
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.long)
         self.num_classes = int(self.labels.max()) + 1
-        part = self.images[:10_000].double() / 255
-        self.statistics = tuple(x.expand(3).tolist() for x in (part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0)))
+        digest = hashlib.blake2b(images, digest_size=8)
+        digest.update(self.labels.numpy())
+        self.digest = digest.hexdigest()
+        images = torch.from_numpy(images).to(device)
+        self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
+        part = self.images[:STATISTICS_IMAGES].double() / 255
+        mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0)
+        self.statistics = mean.expand(3).tolist(), std.expand(3).tolist()
 
     def __len__(self):
         return len(self.images)
 
 
-class Files(Dataset):
-    """A data set of image files: (3, H, W) uint8, label. An image that cannot be read raises OSError with its path."""
+def _digits(_, split, device):
+    from sklearn.datasets import load_digits  # slow to import
+    from sklearn.model_selection import train_test_split
+    digits = load_digits()
+    images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 1797x8x8
+    halves = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target,
+                              random_state=0)
+    train_images, val_images, train_labels, val_labels = halves
+    if split == "train":
+        return Arrays(train_images, train_labels, device)
+    return Arrays(val_images, val_labels, device)
 
-    def __init__(self, samples, num_classes):
-        # Arrays, not lists: a million Python objects would be copied into every worker as their reference counts change.
-        self.paths = np.array([os.fsencode(path) for path, _ in samples])
-        self.labels = torch.tensor([label for _, label in samples])
-        self.num_classes, self.statistics = num_classes, IMAGENET_STATISTICS
+
+def _fashion_mnist(root, split, device):
+    """Its .gz files as they are, if they are there: torchvision would unpack them first."""
+    stem = Path(root, "FashionMNIST", "raw", "train" if split == "train" else "t10k")
+    files = Path(f"{stem}-images-idx3-ubyte.gz"), Path(f"{stem}-labels-idx1-ubyte.gz")
+    if not all(file.is_file() for file in files):
+        return _torchvision("FashionMNIST", root, split, device)
+    images, labels = _idx(files[0], header=16), _idx(files[1], header=8)
+    if images.size != len(labels) * 28 * 28 or not len(labels):
+        raise FileError(shown(f"{stem.parent}: a file is damaged (its size); fetch it again"))
+    return Arrays(images.reshape(-1, 28, 28), labels, device)
+
+
+def _idx(path, header):
+    try:
+        return np.frombuffer(gzip.decompress(path.read_bytes())[header:], np.uint8)
+    except (EOFError, OSError, zlib.error) as error:
+        message = f"{path}: this file is damaged ({error}); fetch it again"
+        raise FileError(shown(message)) from None
+
+
+def _torchvision(name, root, split, device):
+    from torchvision import datasets
+    try:
+        data = getattr(datasets, name)(root, train=split == "train", download=True)
+    except (OSError, RuntimeError) as error:
+        message = (f"{root}: {name.lower()} is not there and cannot be downloaded ({error}); put "
+                   f"its archives there, or name the folder that holds them: "
+                   f"python pretrain.py DIR --dataset {name.lower()}")
+        raise FileError(shown(message)) from None
+    return Arrays(np.asarray(data.data), data.targets, device)
+
+
+# ------------------------------------------------------------------------------- folders of images
+
+
+def _folder(root, split, classes, bits):
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels. Both splits are
+    listed for either, as what is wrong with val is among train's notes."""
+    root, notes, others = Path(root), [], Counter()
+    if not root.is_dir():
+        raise FileError(shown(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or "
+                              f"any tree of images"))
+    train, val = _splits(root, notes)
+    images = list(_walk(train, others))
+    folders = sorted({_top(image) for image in images} - {""})
+    known, loose = set(folders), sum(not _top(image) for image in images)
+    if classes:
+        folders = _chosen(classes, train, known)
+    labelled = bool(classes) or train != root and 2 * loose <= len(images)
+    if loose and known and not labelled and train != root:
+        notes.append(f"{train}: most images lie beside its folders; all are taken, without labels")
+    elif loose and labelled:
+        notes.append(f"{train}: {loose} images beside the class folders are left out")
+    unknown, held = [], []
+    if val:
+        held = list(_walk(val, others)) if labelled else []
+        there = {_top(image) for image in held} - {""}
+        unknown = sorted(there - known)
+        notes += _notes_on_val(val, labelled, held, there, folders, unknown)
+    if others:
+        kinds = [f"{number} {kind or 'without'}" for kind, number in others.most_common(KINDS)]
+        notes.append(f"{root}: not images by their extension, left out: {', '.join(kinds)}")
+    if split == "val":
+        if not held:
+            return None
+        data = _files(root, val, held, folders, bits)
+        data.unknown_classes = unknown
+        return data if len(data) else None
+    data = _files(root, train, images, folders if labelled else None, bits)
+    if not len(data):
+        where = f"in the class folders of {train}" if labelled else "at any depth"
+        kinds = " ".join(sorted(_extensions()))
+        raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
+    notes += _notes_on_depth(data, bits)
+    data.notes = [shown(note) for note in notes]
+    return data
+
+
+def _files(root, folder, images, classes, bits):
+    """Files of the images (paths below `folder`) in the classes' folders; without classes, all."""
+    labels = dict.fromkeys(map(_top, images), -1)
+    if classes is not None:
+        labels = {name: label for label, name in enumerate(classes)}
+    below = "" if folder == root else folder.name
+    samples = [(labels[_top(image)], *os.path.split(image)) for image in images
+               if _top(image) in labels]
+    if classes is None:
+        samples.sort(key=lambda sample: os.path.join(*sample[1:]))
+    else:
+        samples.sort()
+    names = [os.path.join(below, *parts) for _, *parts in samples]
+    return Files(root, names, [label for label, *_ in samples], len(classes or ()), bits)
+
+
+def _top(path):
+    """The first folder of a relative path; "" of a file that lies in none."""
+    return path.partition(os.sep)[0] if os.sep in path else ""
+
+
+def _splits(root, notes):
+    """The folders of the training and validation images (None: there is none), by usual names."""
+    entries = _list(root)
+    names = {name.lower(): name for name, is_folder, _ in entries if is_folder}
+    train, val = (next((names[name] for name in usual if name in names), None)
+                  for usual in (TRAIN_NAMES, VAL_NAMES))
+    rest = sorted(set(names.values()) - {train, val})
+    if train and not val:
+        full = [name for name in rest if _holds_images(root / name)]
+        if full:
+            notes.append(f"{root}: {train} is taken for one of the folders of images "
+                         f"({', '.join(full[:5])}), as there is no val: all are without labels")
+            train = None
+    elif not train:
+        notes.append(f"{root}: there is no folder train: all images at any depth are taken"
+                     + (f", those of {val} too" if val else "") + ", without labels")
+    if train:
+        loose = sum(_is_image(name) and not is_folder for name, is_folder, _ in entries)
+        rest += [f"{loose} images beside {train}"] if loose else []
+        if rest:
+            notes.append(f"{root}: not used: {', '.join(rest)}")
+        if train.lower() not in TRAIN_NAMES[:1] or val and val.lower() not in VAL_NAMES[:1]:
+            notes.append(f"{root}: {train} is taken for the training images, {val} for the monitor")
+    return root / train if train else root, root / val if val else None
+
+
+def _holds_images(folder):
+    try:
+        return any(True for _ in _walk(folder))
+    except FileError:
+        return False
+
+
+def _notes_on_val(val, labelled, images, there, folders, unknown):
+    if not labelled:
+        return [f"{val}: not used, as the training images have no labels"]
+    if not there:
+        return [f"{val}: not used, as it has no class folders; sort its {len(images)} images into "
+                f"those of the training images to monitor or probe"]
+    notes = []
+    absent = sorted(set(folders) - there)
+    loose = sum(not _top(image) for image in images)
+    if unknown:
+        notes.append(f"{val}: classes without training images are left out: {', '.join(unknown)}")
+    if absent:
+        notes.append(f"{val}: has no images of {len(absent)} classes: {', '.join(absent[:5])}")
+    if loose:
+        notes.append(f"{val}: {loose} images beside the class folders are left out")
+    return notes
+
+
+def _chosen(path, train, known):
+    """The class folders that a file names, one a line, as Unix or Windows writes it."""
+    try:
+        text = Path(path).read_bytes()
+        utf_16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))
+        lines = text.decode("utf-16" if utf_16 else "utf-8-sig").splitlines()
+    except (OSError, UnicodeError) as error:
+        raise FileError(shown(f"--classes {path}: cannot be read ({error}); give a text file with "
+                              f"one folder name a line")) from None
+    keep = sorted(set(filter(None, map(str.strip, lines))))
+    missing = [name for name in keep if name not in known]
+    if not keep:
+        raise UsageError(shown(f"--classes {path}: is empty"))
+    if missing:
+        raise UsageError(shown(f"--classes {path}: {train} has no folder {missing[0]!r} of images"))
+    return keep
+
+
+def _walk(folder, others=None):
+    """The images below a folder, by relative path; counts in `others` the other files' extensions.
+
+    Each folder is entered once, and by its own path rather than a link if it has one below here.
+    """
+    seen = {_identity(parent) for parent in folder.resolve().parents}
+    folders, links = [""], []
+    while folders or links:
+        if not folders:  # the shallowest link first
+            links.sort(key=lambda name: (name.count(os.sep), name), reverse=True)
+        below = (folders or links).pop()
+        identity = _identity(folder / below)
+        if identity in seen:
+            continue
+        seen.add(identity)
+        for name, is_folder, is_link in _list(folder / below):
+            name = os.path.join(below, name)
+            if is_folder:
+                (links if is_link else folders).append(name)
+            elif _is_image(name):
+                yield name
+            elif others is not None:
+                others[os.path.splitext(name)[1].lower()] += 1
+
+
+def _identity(folder):
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
+
+
+def _list(folder):
+    """What is in a folder, but what begins with a dot: its name, whether it is a folder or leads to
+    one, whether it is a link."""
+    found = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                is_link = entry.is_symlink()
+                # is_dir() knows without asking the disk, but raises at a link to itself
+                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
+                if not entry.name.startswith("."):
+                    found.append((entry.name, is_folder, is_link))
+    except OSError as error:
+        raise FileError(shown(f"{folder}: this folder cannot be read ({error.strerror}); change "
+                              f"its permissions, or move it away")) from None
+    return found
+
+
+def _is_image(name):
+    return os.path.splitext(name)[1].lower() in _extensions()
+
+
+@cache
+def _extensions():
+    kinds = Image.registered_extensions().items()
+    return {extension for extension, kind in kinds if kind in Image.OPEN and kind not in NOT_READ}
+
+
+class Files(Dataset):
+    """A data set of image files below `root`, by relative name. One that cannot be read raises a
+    FileError with its path."""
+
+    def __init__(self, root, names, labels, num_classes, bits=16):
+        # Arrays, not lists: a million Python objects would be copied into every worker as their
+        # reference counts change.
+        self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
+        self.labels, self.num_classes = torch.tensor(labels, dtype=torch.long), num_classes
+        self.bits, self.statistics, self.notes = bits, IMAGENET_STATISTICS, []
+        self.unknown_classes = []  # folders of val that are none of train's
+        self.digest = hashlib.blake2b(self.paths.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, i):
-        path, label = os.fsdecode(self.paths[i]), int(self.labels[i])
-        try:
-            with Image.open(path) as image:
-                return functional.pil_to_tensor(to_rgb(image)), label
-        except Exception as error:  # PIL raises nearly anything on a broken file
-            raise OSError(f"{path}: cannot be read as an image ({error}); replace or remove it") from None
+        return read_image(self.path(i), self.bits), int(self.labels[i])
+
+    def path(self, i):
+        return os.path.join(self.root, os.fsdecode(self.paths[i]))
+
+    @property
+    def names(self):
+        return [os.fsdecode(path) for path in self.paths]
 
 
-def _folder(root, split, classes):
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or any tree of images")
-    train = root / "train" if (root / "train").is_dir() else root
-    folders = sorted(entry.name for entry in os.scandir(train) if entry.is_dir())
-    if classes:
-        keep = _lines(classes)
-        missing = sorted(keep.difference(folders))
-        if missing or not keep:
-            raise ValueError(f"--classes {classes}: " + (f"{train} has no folder {missing[0]!r}" if missing else "is empty"))
-        folders = sorted(keep)
-    labelled = bool(folders) and (train != root or bool(classes))
-    if split == "val" and not (labelled and (root / "val").is_dir()):
-        return None
-    directory, extensions = (train if split == "train" else root / "val"), datasets.folder.IMG_EXTENSIONS
-    if labelled:
-        numbers = {name: i for i, name in enumerate(folders)}
-        samples = datasets.folder.make_dataset(str(directory), numbers, extensions, allow_empty=True)
-    else:  # unlabelled images, wherever below they are
-        samples = [(os.path.join(parent, name), -1) for parent, _, names in os.walk(directory, followlinks=True)
-                   for name in names if datasets.folder.has_file_allowed_extension(name, extensions)]
-        samples.sort()
-    if not samples:
-        where = f"in the class folders of {train}" if labelled else "at any depth"
-        raise FileNotFoundError(f"{directory}: holds no image {where}; these are read: {' '.join(extensions)}")
-    return Files(samples, len(folders) if labelled else 0)
+# ------------------------------------------------------------------------------------ reading files
 
 
-def _lines(path):
+def read_image(path, bits=16):
+    """An image file as (3, H, W) uint8, upright."""
     try:
-        return set(filter(None, map(str.strip, Path(path).read_text().splitlines())))
-    except (OSError, UnicodeDecodeError) as error:
-        raise OSError(f"--classes {path}: cannot be read ({error}); give a text file with one folder name a line") from None
+        with Image.open(path) as image:
+            image.load()
+            return functional.pil_to_tensor(to_rgb(upright(image), bits))
+    except Image.DecompressionBombError:
+        problem = (f"has over {2 * Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's guard against files "
+                   f"that fill the memory; if it is whole, shrink it, or set "
+                   f"Image.MAX_IMAGE_PIXELS higher at the top of loader.py")
+    except UsageError as error:
+        problem = error
+    except Exception as error:  # PIL raises nearly anything on a broken file
+        problem = (f"cannot be read as an image ({error}); replace or remove it; "
+                   f"`python loader.py DIR` lists all such files of a folder at once")
+    raise FileError(shown(f"{path}: {problem}"))
 
 
-def to_rgb(image):
-    """Any PIL image as 8-bit RGB: transparency over white, 16 bits scaled to 8."""
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        values = np.asarray(image).astype(np.float64)
-        image = Image.fromarray((values if image.mode == "F" else values / 257).clip(0, 255).round().astype(np.uint8))
+def upright(image):
+    """The image turned as its EXIF data say; as it is where they are broken beside whole pixels."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its file's format
+    except Exception:  # PIL raises nearly anything
+        return image
+    return image
+
+
+def to_rgb(image, bits=16):
+    """Any PIL image as 8-bit RGB: transparency over white, other depths scaled to 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bits(image, bits))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
 
 
-# -------------------------------------------------------------------------------------------------------------- views
+def _to_8_bits(image, bits):
+    """Pixels of 16 bits by the type's range, or that of `bits`; floats in [0, 1] by 255."""
+    values = np.asarray(image).astype(np.float64)
+    if image.mode == "F":
+        if not ((values >= 0) & (values <= 1)).all():
+            raise UsageError("holds floats outside [0, 1], or NaN; convert it to 8 or 16 bits")
+        return np.rint(values * 255).astype(np.uint8)
+    # Pillow has unsigned 16 bits in mode "I" too, in PGM scaled to all of them
+    if image.mode == "I" and image.format not in (None, "PNG", "PPM") or values.min() < 0:
+        raise UsageError("holds signed or 32-bit integers; convert it to 8 or 16 bits, unsigned")
+    largest = 2 ** 16 - 1 if image.format == "PPM" else 2 ** bits - 1
+    if values.max() > largest:
+        raise UsageError(f"holds the value {values.max():.0f}, over the largest of "
+                         f"{largest.bit_length()} bits; convert it, or give another --bits")
+    return np.rint(values / (largest / 255)).astype(np.uint8)
+
+
+def _notes_on_depth(data, bits):
+    """Says whether 16-bit files use fewer bits, by a look at a few, evenly spread."""
+    largest = 0
+    for i in np.linspace(0, len(data) - 1, min(len(data), LOOK_IMAGES)).astype(int):
+        try:
+            with Image.open(data.path(i)) as image:
+                if image.mode.startswith("I") and image.format != "PPM":
+                    largest = max(largest, int(np.asarray(image).max()))
+        except Exception:  # a broken file, which is named when it is read
+            continue
+    used = largest.bit_length()
+    if bits < 16 or not 0 < used < 15:
+        return []
+    advice = f"--bits {used} scales them" if used > 8 else "convert them to 8 bits"
+    return [f"{data.root}: 16-bit files use {used} bits (the largest value seen is {largest}) and "
+            f"will be dark; {advice}"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="list the images that cannot be read")
+    parser.add_argument("dir", type=Path, metavar="DIR", help="a folder of images, at any depth")
+    args = parser.parse_args(argv)
+    from tqdm import tqdm
+    if not args.dir.is_dir():
+        parser.exit(FileError.status, shown(f"{args.dir}: no such folder") + "\n")
+    paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir))
+    broken = 0
+    with ProcessPoolExecutor() as pool:
+        faults = pool.map(_fault, paths, chunksize=16)
+        for fault in tqdm(faults, total=len(paths), unit="image", disable=None):
+            if fault:
+                broken += 1
+                tqdm.write(fault)
+    tqdm.write(f"{broken} of {len(paths)} images cannot be read", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _fault(path):
+    """What hinders reading an image, in one line that begins with its path; None if nothing."""
+    try:
+        read_image(path)
+    except FileError as error:
+        return str(error)
+
+
+DATASETS = {"folder": _folder, "digits": _digits, "cifar10": partial(_torchvision, "CIFAR10"),
+            "cifar100": partial(_torchvision, "CIFAR100"), "fashionmnist": _fashion_mnist}
+
+
+# ------------------------------------------------------------------------------------------- views
 
 
 class Batches:
-    """The batches of a shuffled epoch, the same for any number of processes; an incomplete last one is dropped.
-
-    Set `epoch`, and `start` to leave out the steps before it. A DataLoader takes this process's rows of each from it, as
-    (epoch, index).
-    """
+    """The batches of a shuffled epoch, the same for any number of processes; an incomplete last one
+    is dropped. rows: those of this process in each."""
 
     def __init__(self, total, batch_size, seed, rank=0, world_size=1):
         self.total, self.batch_size, self.seed = total, batch_size, seed
         self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self.epoch = self.start = 0
+        self._from = 0, 0  # the epoch and step from which a DataLoader takes them: Views sets it
 
     def __len__(self):
-        return self.total // self.batch_size - self.start
+        return self.total // self.batch_size
 
     def __iter__(self):
-        return ([(self.epoch, i) for i in index[self.rows].tolist()] for _, index in self.whole())
+        epoch, start = self._from
+        for _, index in self.whole(epoch, start):
+            yield [(epoch, i) for i in index[self.rows].tolist()]
 
-    def whole(self):
-        """Each step and the indices (N,) of its global batch."""
-        order = torch.randperm(self.total, generator=torch.Generator().manual_seed(key(self.seed, self.epoch)))
-        for step in range(self.start, self.total // self.batch_size):
+    def whole(self, epoch, start=0):
+        """Each step of the epoch from `start` on, with the indices (N,) of its global batch."""
+        generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
+        order = torch.randperm(self.total, generator=generator)
+        for step in range(start, len(self)):
             yield step, order[step * self.batch_size:(step + 1) * self.batch_size]
 
 
 class Views:
-    """The training batches of one process: V random views (n, 3, S, S) of each of its images, on `device`; the indices (N,)
-    of the whole batch's images, on the CPU; and the labels (n,) of its own, on `device`.
+    """The training batches of one process.
 
-    augment: what is done after cropping. min_scale: the least share of an image's area that a crop takes.
+    augment: what is done after cropping. min_scale: the least share of an image's area in a crop.
     """
 
     def __init__(self, data, batches, augment, device, views=2, min_scale=0.2, workers=0):
-        self.data, self.batches, self.augment, self.device = data, batches, augment.to(device), device
-        self.views, self.min_scale = views, min_scale
-        if isinstance(data, Files):
-            self.crops = in_workers(RandomCrops(data, augment.size, batches.seed, views, min_scale), workers, device,
-                                    batch_sampler=batches, persistent_workers=workers > 0)
+        self.data, self.batches, self.augment = checked(data), batches, augment.to(device)
+        self.device, self.views, self.min_scale = torch.device(device), views, min_scale
+        self.crops = None
+        if not hasattr(data, "images"):
+            crops = RandomCrops(data, augment.size, batches.seed, views, min_scale)
+            self.crops = in_workers(crops, workers, device, batch_sampler=batches,
+                                    persistent_workers=workers > 0)
 
-    def __iter__(self):
-        crops = iter(self.crops) if isinstance(self.data, Files) else None
-        for step, index in self.batches.whole():
-            own, generator = index[self.batches.rows], torch.Generator().manual_seed(
-                key(self.batches.seed, self.batches.epoch, "step", step))
-            draws = torch.rand(len(index), self.views, Augment.draws + (0 if crops else 40), generator=generator)
-            draws = draws[self.batches.rows].flatten(0, 1).to(self.device, non_blocking=True)  # nV rows
+    def epoch(self, epoch, start=0):
+        """The epoch's steps from `start` on. Yields V random views (n, 3, S, S) of each image of
+        this process; the indices (N,) of the whole batch's images, on the CPU; labels (n,)."""
+        self.batches._from = epoch, start
+        crops = iter(self.crops) if self.crops else None
+        box_draws = 0 if crops else TRIES * DRAWS_OF_A_BOX
+        for step, index in self.batches.whole(epoch, start):
+            own = index[self.batches.rows]
+            seed = seed_of(self.batches.seed, epoch, "step", step)
+            draws = torch.rand(len(index), self.views, Augment.draws + box_draws,
+                               generator=torch.Generator().manual_seed(seed))
+            draws = self._upload(draws[self.batches.rows].flatten(0, 1))  # nV rows
             if crops:
                 x = next(crops).flatten(0, 1).to(self.device, non_blocking=True)
             else:
-                images = self.data.images[own.to(self.device, non_blocking=True)].repeat_interleave(self.views, dim=0)
-                boxes = random_boxes(draws[:, Augment.draws:].view(-1, 10, 4), *images.shape[2:], self.min_scale)
-                x = resample(images, boxes, self.augment.size)
+                x = self._crop(own, draws[:, Augment.draws:])
             x = self.augment(x, draws[:, :Augment.draws]).unflatten(0, (-1, self.views))
-            yield *x.unbind(1), index, self.data.labels[own].to(self.device, non_blocking=True)
+            yield *x.unbind(1), index, self._upload(self.data.labels[own])
+
+    def _crop(self, own, draws):
+        images = self.data.images[self._upload(own)].repeat_interleave(self.views, dim=0)
+        draws = draws.view(-1, TRIES, DRAWS_OF_A_BOX)
+        boxes = random_boxes(draws, *images.shape[2:], self.min_scale)
+        return resample(images, boxes, self.augment.size)
+
+    def _upload(self, x):
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            x = x.pin_memory()  # from other memory over 64 KB wait for what the GPU has to do
+        return x.to(self.device, non_blocking=True)
+
+
+def checked(data):
+    """The data set; a TypeError says what of the protocol (above) it lacks."""
+    need = ["__len__", "labels", "num_classes", "statistics", "digest", "notes"]
+    missing = [name for name in need if not hasattr(data, name)]
+    if not hasattr(data, "images") and not hasattr(data, "__getitem__"):
+        missing.append("images or __getitem__")
+    if missing:
+        raise TypeError(f"the data set {type(data).__name__} lacks {', '.join(missing)}")
+    return data
 
 
 class RandomCrops(Dataset):
-    """RandomResizedCrops of image files: (V, 3, S, S) uint8. Indexed by (epoch, index), as `Batches` yields them."""
+    """RandomResizedCrops of image files: (V, 3, S, S) uint8. Indexed by (epoch, index), as
+    `Batches` yields them."""
 
     def __init__(self, data, size, seed, views, min_scale):
-        self.data, self.size, self.seed, self.views, self.scale = data, size, seed, views, (min_scale, 1)
+        self.data, self.size, self.seed = data, size, seed
+        self.views, self.scale = views, (min_scale, 1)
 
     def __getitem__(self, epoch_index):
         image, _ = self.data[epoch_index[1]]
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(key(self.seed, *epoch_index))
-            boxes = [RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3)) for _ in range(self.views)]
-        return torch.stack([functional.resized_crop(image, *box, [self.size] * 2, antialias=True) for box in boxes])
+            torch.default_generator.manual_seed(seed_of(self.seed, *epoch_index))
+            boxes = [RandomResizedCrop.get_params(image, self.scale, ASPECT)
+                     for _ in range(self.views)]
+        return torch.stack([functional.resized_crop(image, *box, [self.size] * 2, antialias=True)
+                            for box in boxes])
 
 
-def random_boxes(u, height, width, min_scale, ratio=(3 / 4, 4 / 3)):
-    """RandomResizedCrop's boxes (n, 4), each top, left, height, width, from uniform u (n, 10, 4): the first of ten tries at
-    a share of the area and an aspect ratio that fits into the image, and the whole image if none does."""
+def random_boxes(u, height, width, min_scale):
+    """RandomResizedCrop's boxes (n, 4), each top, left, height, width, from uniform u (n, TRIES,
+    4): the first try at a share of the area and an aspect ratio that fits into the image, and the
+    whole image if none does."""
+    low, high = ASPECT
     area = height * width * (min_scale + (1 - min_scale) * u[..., 0])
-    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * u[..., 1])
-    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # nx10
+    aspect = torch.exp(math.log(low) + math.log(high / low) * u[..., 1])
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # nxTRIES
     top, left = (u[..., 2] * (height - h + 1)).floor(), (u[..., 3] * (width - w + 1)).floor()
     fits = (h > 0) & (h <= height) & (w > 0) & (w <= width)
     boxes = torch.stack([top, left, h, w], dim=-1)
     first = boxes[torch.arange(len(u), device=u.device), fits.to(torch.uint8).argmax(1)]
-    whole = torch.stack([torch.full_like(u[:, 0, 0], side) for side in (0, 0, height, width)], dim=1)
+    whole = torch.stack([torch.full_like(u[:, 0, 0], side) for side in (0, 0, height, width)], 1)
     return torch.where(fits.any(1, keepdim=True), first, whole)
 
 
 def resample(images, boxes, size):
-    """Cut `boxes` (n, 4), each top, left, height, width, out of images (n, c, H, W) uint8, and resize them as PIL's bilinear
-    filter does, with antialiasing: (n, 3, size, size) float32 in [0, 1]. The filter is a matrix for rows and for columns."""
+    """Cut `boxes` (n, 4), each top, left, height, width, out of images (n, c, H, W) uint8, and
+    resize them as PIL's bilinear filter does, with antialiasing: (n, 3, size, size) float32 in
+    [0, 1]. The filter is a matrix for rows and for columns."""
     def weights(start, length, total):  # nx1, nx1 -> nxsizextotal
         pixel = torch.arange(total, device=images.device) + 0.5
         centre = start + length / size * (torch.arange(size, device=images.device) + 0.5)
@@ -262,15 +623,25 @@ def resample(images, boxes, size):
     return crops.expand(-1, 3, -1, -1)
 
 
-class Augment(nn.Module):
-    """What MoCo does to a crop after cutting it, to a whole batch, with draws of its own for each image.
+# ------------------------------------------------------------------------------------ augmentation
 
-    aug: "v1" or "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S; crops under 64 pixels
-    are not blurred. statistics: mean and standard deviation of the channels. flip: mirror half of the images.
-    The operations are torchvision's on floats: unlike in PIL's pipeline nothing is rounded to 8 bits on the way, and the
-    blur is a Gaussian, not three box filters.
+# The columns of an image's draws: whether each is done, the blur's sigma, the jitter's amounts, and
+# four of which the order of jitter's operations is the ranking. After them come those of a box.
+JITTER, GREY, BLUR, FLIP, SIGMA = range(5)
+FACTORS, HUE, ORDER = slice(5, 8), 8, slice(9, 13)
+DRAWS_OF_A_BOX = 4
+HUE_TURN = 3  # shift_hue's place in OPERATIONS
+
+
+class Augment(nn.Module):
+    """What MoCo does to a crop after cutting it, to a whole batch, with draws for each image.
+
+    aug: "v1" or "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S;
+    crops under 64 pixels are not blurred. statistics: mean and standard deviation of the channels.
+    flip: mirror half of the images. The operations are torchvision's on floats: unlike in PIL's
+    pipeline nothing is rounded to 8 bits on the way, and the blur is a Gaussian, not three boxes.
     """
-    draws = 13
+    draws = ORDER.stop
 
     def __init__(self, aug, size, statistics, flip=True):
         super().__init__()
@@ -279,32 +650,78 @@ class Augment(nn.Module):
         self.register_buffer("std", torch.tensor(statistics[1]).view(3, 1, 1))
 
     def forward(self, x, u=None):
-        """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, draws) uniform in [0, 1), which "crop" without flip does not need.
-        Returns (n, 3, S, S) float32, normalised."""
+        """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, draws) uniform in [0, 1), which "crop"
+        without flip does not need. Returns (n, 3, S, S) float32, normalised."""
+        if u is None or _all_at_once(x):
+            return self._augment(x, u)
+        chunk = max(1, CHUNK_PIXELS // x[0, 0].numel())
+        return torch.cat([self._augment(*part) for part in zip(x.split(chunk), u.split(chunk))])
+
+    def _augment(self, x, u):
         x = x / 255 if x.dtype == torch.uint8 else x
         if self.aug == "v1":
-            x = torch.where(_each(u[:, 1] < 0.2), grey(x), x)
+            x = _where(u[:, GREY] < 0.2, grey, x)
             x = self.jitter(x, u, hue=0.4)
         elif self.aug == "v2":
-            x = torch.where(_each(u[:, 0] < 0.8), self.jitter(x, u, hue=0.1), x)
-            x = torch.where(_each(u[:, 1] < 0.2), grey(x), x)
-            if self.size >= 64:
-                x = torch.where(_each(u[:, 2] < 0.5), blur(x, 0.1 + 1.9 * u[:, 4]), x)
+            x = _where(u[:, JITTER] < 0.8, partial(self.jitter, hue=0.1), x, u)
+            x = _where(u[:, GREY] < 0.2, grey, x)
+            if self.size >= SMALL_CROP:
+                x = _where(u[:, BLUR] < 0.5, blur, x, 0.1 + 1.9 * u[:, SIGMA])
         if self.flip:
-            x = torch.where(_each(u[:, 3] < 0.5), x.flip(-1), x)
+            x = _where(u[:, FLIP] < 0.5, lambda x: x.flip(-1), x)
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
     def jitter(self, x, u, hue, strength=0.4):
-        """torchvision's ColorJitter: brightness, contrast, saturation and hue, in an order of each image's own."""
-        factors = 1 + strength * (2 * u[:, 5:8] - 1)  # of brightness, contrast, saturation
-        order = u[:, 9:13].argsort(1)  # which operation comes first, second, ...; 3 is the hue
-        place = (order == 3).to(torch.uint8).argmax(1)
+        """ColorJitter: brightness, contrast, saturation, hue, in an order of each image's own."""
+        factors = 1 + strength * (2 * u[:, FACTORS] - 1)  # of brightness, contrast, saturation
+        turn = hue * (2 * u[:, HUE] - 1)
+        order = u[:, ORDER].argsort(1)  # which of OPERATIONS comes first, second, ...
+        if not _all_at_once(x):
+            amounts = torch.cat([factors, turn[:, None]], dim=1)
+            for slot in range(len(OPERATIONS)):
+                for i, operation in enumerate(OPERATIONS):
+                    x = _where(order[:, slot] == i, operation, x, amounts[:, i])
+            return x
+        place = (order == HUE_TURN).to(torch.uint8).argmax(1)  # the dear one is done once
         for slot in range(3):
             x = _blend(x, order[:, slot], factors, slot < place)
-        x = shift_hue(x, hue * (2 * u[:, 8] - 1))
+        x = shift_hue(x, turn)
         for slot in range(1, 4):
             x = _blend(x, order[:, slot], factors, slot > place)
         return x
+
+
+def _all_at_once(x):
+    """Whether all images get all operations, and a mask: choosing images makes a GPU wait."""
+    return x.device.type != "cpu" or torch.compiler.is_compiling()
+
+
+def _where(chosen, operation, x, *more):
+    """operation(x, *more) of the images that are chosen (n,), and the others as they are."""
+    if _all_at_once(x):
+        return torch.where(_each(chosen), operation(x, *more), x)
+    rows = chosen.nonzero()[:, 0]
+    if not len(rows):
+        return x
+    if len(rows) == len(x):
+        return operation(x, *more).expand_as(x)
+    x = x.clone()
+    x[rows] = operation(x[rows], *(part[rows] for part in more)).expand(-1, x.shape[1], -1, -1)
+    return x
+
+
+def brightness(x, factor):
+    return (_each(factor) * x).clamp_(0, 1)
+
+
+def contrast(x, factor):
+    factor, mean = _each(factor), grey(x).mean((2, 3), keepdim=True)
+    return (factor * x).add_((1 - factor) * mean).clamp_(0, 1)
+
+
+def saturation(x, factor):
+    factor = _each(factor)
+    return (factor * x).add_((1 - factor) * grey(x)).clamp_(0, 1)
 
 
 def grey(x):
@@ -313,33 +730,44 @@ def grey(x):
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def shift_hue(x, shift):
-    """Turn the hue of x (n, 3, S, S) in [0, 1] by shift (n,), in turns, and keep HSV's saturation and value."""
+def shift_hue(x, turn):
+    """Turn the hue of x (n, 3, S, S) in [0, 1] by turn (n,); HSV's saturation and value stay."""
+    r, g, b = x.unbind(1)
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
-    r, g, b = x.unbind(1)
-    safe = torch.where(chroma == 0, 1, chroma)
-    sixth = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    sixth = sixth + 6 * shift[:, None, None]
-    channels = []
-    for offset in (5, 3, 1):  # HSV to RGB without cases: a channel is value - chroma * a trapezium of the hue
-        k = (sixth + offset) % 6
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
-    return torch.stack(channels, dim=1)
+    sixth = torch.where(value == r, g - b,
+                        torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    sixth = sixth / chroma.clamp(min=1e-12) + 6 * turn[:, None, None]
+    sixth = sixth - 6 * (sixth / 6).floor()  # `%` takes as long as all else together
+    ramps = (sixth - 3).abs() - 1, 2 - (sixth - 2).abs(), 2 - (sixth - 4).abs()
+    return torch.stack(ramps, dim=1).clamp_(0, 1).mul_(chroma[:, None]).add_(low[:, None])
 
 
-def blur(x, sigma, radius=8):
-    """Gaussian blur of x (n, 3, S, S) by sigma (n,) pixels, at most radius / 4; the edge's pixels are repeated outwards."""
-    size = x.shape[-1]
-    distance = torch.arange(-radius, size + radius, device=x.device) - torch.arange(size, device=x.device)[:, None]
-    weights = (-distance.square() / (2 * sigma[:, None, None].square())).softmax(-1)[:, None]  # nx1xSx(S + 2 radius)
-    return weights @ F.pad(x, [radius] * 4, mode="replicate") @ weights.mT
+OPERATIONS = brightness, contrast, saturation, shift_hue
+
+
+def blur(x, sigma, radius=8, block=32):
+    """Gaussian blur of x (n, 3, S, S) by sigma (n,) pixels, at most radius / 4; the edge's pixels
+    are repeated outwards. Columns, then rows are done by blocks, each times one band of weights."""
+    n, c, size, _ = x.shape
+    window, padding = block + 2 * radius, [radius, radius - size % -block]
+    offset = torch.arange(window, device=x.device)[:, None] - radius
+    distance = offset - torch.arange(block, device=x.device)
+    weights = -distance.square() / (2 * sigma[:, None, None].square())
+    weights = weights.masked_fill(distance.abs() > radius, -math.inf).softmax(1)  # nxwindowxblock
+    x = F.pad(x, padding * 2, mode="replicate")
+    x = x.unfold(3, window, block).reshape(n, -1, window) @ weights
+    x = x.view(n, c, -1, size - size % -block)  # the columns are done
+    x = x.unfold(2, window, block)  # nxcxblocksxSxwindow
+    x = (weights.mT[:, None, None] @ x.mT).flatten(2, 3)
+    return x[:, :, :size, :size]
 
 
 def _blend(x, operation, factors, active):
-    """Each image's brightness (0), contrast (1) or saturation (2) by its factor: a blend with black, mean grey or grey."""
+    """Each image's brightness (0), contrast (1) or saturation (2) by its factor, where active."""
     luma = grey(x)
-    other = torch.where(_each(operation == 2), luma, _each(operation == 1) * luma.mean((2, 3), keepdim=True))
+    mean = luma.mean((2, 3), keepdim=True)
+    other = torch.where(_each(operation == 2), luma, _each(operation == 1) * mean)
     factor = factors.gather(1, operation.clamp(max=2)[:, None])[:, 0]
     factor = _each(torch.where(active, factor, 1))
     return (factor * x + (1 - factor) * other).clamp(0, 1)
@@ -349,16 +777,19 @@ def _each(x):
     return x[:, None, None, None]
 
 
-# --------------------------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- evaluation
 
 
 def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
-    """One process's shard of a data set, in batches: the images' centres (n, 3, size, size), normalised, on `device`, and
-    their labels (n,). The centre is that of the image with its shorter side resized to 256/224 of `size`."""
-    rows, resized = shard(len(data), rank, world_size), size * 256 // 224
+    """One process's shard of a data set, in batches: the images' centres (n, 3, size, size),
+    normalised, on `device`, and their labels (n,). The centre is that of the image with its shorter
+    side resized to 256/224 of `size`, and to `size` itself if that is small."""
+    rows = shard(len(checked(data)), rank, world_size)
+    resized = size * 256 // 224 if size >= SMALL_CROP else size
     normalise = Augment("crop", size, data.statistics, flip=False).to(device)
-    if isinstance(data, Files):
-        crops = in_workers(CentreCrops(data, size, resized), workers, device, batch_size=batch_size, sampler=rows)
+    if not hasattr(data, "images"):
+        crops = in_workers(CentreCrops(data, size, resized), workers, device,
+                           batch_size=batch_size, sampler=rows)
         for x, labels in crops:
             yield normalise(x.to(device, non_blocking=True)), labels
         return
@@ -371,30 +802,42 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
 
 
 class CentreCrops(Dataset):
-    def __init__(self, data, size, resized):
-        self.data, self.size, self.resized = data, size, resized
+    def __init__(self, data, size, resized, aspect=4):
+        self.data, self.size, self.resized, self.aspect = data, size, resized, aspect
 
     def __getitem__(self, i):
         image, label = self.data[i]
-        return functional.center_crop(functional.resize(image, [self.resized], antialias=True), self.size), label
+        height, width = image.shape[1:]
+        longest = self.aspect * min(height, width)  # what is further out would only take memory
+        if max(height, width) > longest:
+            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+        image = functional.resize(image, [self.resized], antialias=True)
+        return functional.center_crop(image, self.size), label
 
 
 def in_workers(data, workers, device, **options):
-    # Below a spawned process workers would be spawned too, and import torch anew for every E-step: ten seconds each.
+    # Below a spawned process workers would be spawned too, and import torch anew for every E-step:
+    # ten seconds each.
     context = "fork" if workers and sys.platform == "linux" else None
     return DataLoader(data, num_workers=workers, pin_memory=torch.device(device).type == "cuda",
-                      worker_init_fn=leave_signals_to_the_parent, multiprocessing_context=context, **options)
+                      worker_init_fn=leave_signals_to_the_parent, multiprocessing_context=context,
+                      **options)
 
 
 def leave_signals_to_the_parent(_):
-    """A signal to the whole job is not to kill a worker under a step that is to be finished. A second SIGTERM is: by it
-    multiprocessing ends what is left at exit."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """A signal to the whole job is not to kill a worker under a step that is to be finished. A
+    second SIGTERM is: by it multiprocessing ends what is left at exit."""
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def shard(total, rank, world_size):
-    """The rows of `total` that process `rank` holds: ceil(total / world_size) in a row, fewer at the end, none twice."""
-    size = -(-total // world_size)
+    """The rows of `total` that process `rank` holds: ceil(total / world_size) in a row, fewer at
+    the end, none twice."""
+    size = math.ceil(total / world_size)
     return range(min(rank * size, total), min((rank + 1) * size, total))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

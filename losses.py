@@ -1,56 +1,103 @@
 """The losses of PAUC (arXiv 2210.10194): tensors in, tensors out.
 
-    L = info_nce + mean over clusterings [ proto_nce + w_a alignment + w_u uniformity + w_c correlation ]
+    L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ]
 
-`info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published: `prototype_features`,
-`alignment`, `uniformity` and `correlation` are this project's reading of its abstract.
+`info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published:
+`prototype_features`, `alignment`, `uniformity` and `correlation` are this project's reading of its
+abstract, the second one. The first had all three terms on the batch's mean of each prototype, which
+makes every dimension a function of the prototype where prototypes are few: the very coagulation
+that the terms are to cure. So uniformity acts on images, and correlation on how images deviate
+from their prototype; alignment stays with the prototypes.
 
-N images of the global batch, C dimensions, Q queue length, P prototypes, J distinct prototypes in the batch.
-Losses are 0-dim and keep the dtype and device of their input; call them in float32 or float64, outside autocast.
-Assignments may be on the CPU when the rest is on a GPU: then no loss waits for the GPU.
-An `accuracy` is how often the positive has the largest logit: a detached fraction in [0, 1].
+N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J
+distinct prototypes in the batch. Losses are 0-dim and keep the dtype and device of their input;
+call them in float32 or float64, outside autocast. Assignments may be on the CPU when the rest is on
+a GPU: then no loss waits for the GPU. An `accuracy` is how often the positive has the largest
+logit: a detached fraction in [0, 1].
 """
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 
-def info_nce(q, k, queue, temperature):
-    """InfoNCE with a queue (MoCo, arXiv 1911.05722, eq. 1): which of [q.k, q.queue] / temperature is the key?
+class Batch(NamedTuple):
+    """What one step's losses are made of, the same on every process but for `rows`."""
 
-    q, k: (N, C) unit rows, queue: (C, Q) unit columns. Returns loss, accuracy.
+    q: torch.Tensor  # (N, C) queries, unit rows, with gradient
+    k: torch.Tensor  # (N, C) keys, unit rows
+    index: torch.Tensor  # (N,) the images' indices in the data set, on the CPU
+    queue: torch.Tensor  # (C, Q) older keys, unit columns
+    queue_index: torch.Tensor  # (Q,) the indices of their images; under 0: none, or not known
+    rows: slice  # those of this process
+    epoch: int
+    step: int
+
+
+class Clustering(NamedTuple):
+    """What the E-step found for one number of prototypes."""
+
+    assignments: torch.Tensor  # (n,) long, the prototype of every training image, on the CPU
+    prototypes: torch.Tensor  # (P, C) unit rows
+    concentration: torch.Tensor  # (P,) the temperature of each
+
+
+# -------------------------------------------------------------------------------------------- NCE
+
+
+def info_nce(q, k, queue, temperature, excluded=None):
+    """InfoNCE with a queue (MoCo, arXiv 1911.05722, eq. 1): which of [q.k, q.queue] / T is the key?
+
+    q, k: (N, C) unit rows, queue: (C, Q) unit columns. excluded: (N, Q) bool, queued keys that are
+    no negatives of a query. Returns loss, accuracy.
     """
-    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], dim=1) / temperature  # Nx(1+Q)
+    negatives = q @ queue  # NxQ
+    if excluded is not None:
+        negatives = negatives.masked_fill(excluded, -math.inf)
+    logits = torch.cat([(q * k).sum(1, keepdim=True), negatives], dim=1) / temperature
     return _cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
 def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, generator=None):
-    """ProtoNCE of one clustering (PCL, arXiv 2005.04966, eq. 11): -log exp(q.c_s / phi_s) / sum_{j in S} exp(q.c_j / phi_j).
+    """ProtoNCE of one clustering (PCL, arXiv 2005.04966, eq. 11):
+    -log exp(q.c_s / phi_s) / sum_{j in S} exp(q.c_j / phi_j).
 
-    q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments: (N,) long, each image's
-    own prototype s. S is the set of distinct prototypes that the batch touches and `num_negatives` others, drawn without
-    replacement from `generator`, on the device that it lives on; all P where there are no more, or with None. Returns
-    loss, accuracy. An assignment of P or more raises IndexError (on a GPU: a device assert).
+    q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments:
+    (N,) long, each image's own prototype s. S is the set of distinct prototypes that the batch
+    touches and `num_negatives` others, drawn without replacement from `generator`, on the device
+    that it lives on; all P where there are no more, or with None. Returns loss, accuracy. An
+    assignment of P or more raises IndexError (on a GPU: a device assert).
 
     S is a set, unlike in PCL's code, where two images of one prototype are each other's negatives.
     """
     num_prototypes = len(prototypes)
     if num_negatives is None or num_negatives >= num_prototypes:
-        return _cross_entropy(q @ prototypes.T / concentration, assignments.to(q.device, non_blocking=True))
-    ids, target = (x.to(q.device, non_blocking=True) for x in assignments.unique(return_inverse=True))
+        target = assignments.to(q.device, non_blocking=True)
+        return _cross_entropy(q @ prototypes.T / concentration, target)
+    ids, target = assignments.unique(return_inverse=True)
+    ids, target = ids.to(q.device, non_blocking=True), target.to(q.device, non_blocking=True)
     device = generator.device if generator is not None else q.device
     rank = torch.randperm(num_prototypes, generator=generator, device=device).to(q.device)
     rank[ids] = torch.arange(-len(ids), 0, device=q.device)  # those touched come first, in order
-    chosen = rank.topk(min(num_prototypes, len(ids) + num_negatives), largest=False).indices  # S
+    size = min(num_prototypes, len(ids) + num_negatives)
+    chosen = rank.topk(size, largest=False).indices  # S
     return _cross_entropy(q @ prototypes[chosen].T / concentration[chosen], target)
 
 
-def prototype_features(z, assignments):
-    """Batch prototypes (after ProPos, arXiv 2111.11821): p_j = normalise(sum of the z_i assigned to j).
+def _cross_entropy(logits, target):
+    accuracy = (logits.detach().argmax(1) == target).to(logits.dtype).mean()
+    return F.cross_entropy(logits, target), accuracy
 
-    z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows and ids (J,), the distinct assignments in
-    ascending order. The same assignments give the rows of both views in the same order.
+
+# -------------------------------------------------------------------------------- PAUC's terms
+
+
+def prototype_features(z, assignments):
+    """Batch prototypes (after ProPos, arXiv 2111.11821): p_j = normalise(sum of the z_i of j).
+
+    z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows and ids (J,), the
+    distinct assignments in ascending order: both views of a batch have the same rows.
     """
     ids, row = assignments.unique(return_inverse=True)
     row = row.to(z.device, non_blocking=True)
@@ -58,54 +105,70 @@ def prototype_features(z, assignments):
     return F.normalize(members @ z, dim=1), ids
 
 
-def alignment(p, p_positive, alpha=2.0):
-    """Prototype-level alignment, our reading after Wang & Isola (arXiv 2005.10242): mean_j ||p_j - p+_j||^alpha.
+def deviations(z, prototypes, assignments):
+    """How each image differs from its own stored prototype: d_i = z_i - c_s(i), (N, C).
 
-    p, p_positive: (J, C) unit rows, the features of the same prototypes in the two views. alpha >= 1.
+    z: (N, C) embeddings, prototypes: (P, C), assignments: (N,) long.
+    """
+    return z - prototypes[assignments.to(z.device, non_blocking=True)]
+
+
+def alignment(p, p_positive, alpha=2.0):
+    """Prototype-level alignment, our reading after Wang & Isola (arXiv 2005.10242):
+    mean_j ||p_j - p+_j||^alpha.
+
+    p, p_positive: (J, C) unit rows, the features of the same prototypes in the two views. alpha: 1
+    or more.
     """
     return (p - p_positive).norm(dim=1).pow(alpha).mean()
 
 
-def uniformity(p, t=2.0):
-    """Prototype-level uniformity, our reading after Wang & Isola (arXiv 2005.10242):
-    log mean_{j != l} exp(-t ||p_j - p_l||^2).
+def uniformity(z, t=2.0):
+    """Uniformity of the batch's images, our reading after Wang & Isola (arXiv 2005.10242):
+    log mean_{i != l} exp(-t ||z_i - z_l||^2).
 
-    p: (J, C) unit rows. At most 0; 0 when J < 2.
+    z: (N, C) unit rows. At most 0; 0 when N < 2.
     """
-    if len(p) < 2:
-        return 0 * p.sum()
-    square = p.square().sum(1)
-    distances = square[:, None] + square - 2 * p @ p.T  # JxJ; torch.pdist's backward takes C times this memory
+    if len(z) < 2:
+        return 0 * z.sum()
+    square = z.square().sum(1)
+    distances = square[:, None] + square - 2 * z @ z.T  # NxN; pdist's backward takes C times this
     pairs = (-t * distances).fill_diagonal_(-math.inf)
-    return pairs.flatten().logsumexp(0) - math.log(len(p) * (len(p) - 1))
+    return pairs.flatten().logsumexp(0) - math.log(len(z) * (len(z) - 1))
 
 
-def correlation(p, p_positive, off_diagonal=0.3):
-    """Prototype-level correlation, our reading after Barlow Twins (arXiv 2103.03230): with the columns of p and p+
-    standardised over the J prototypes (biased variance, eps 1e-5) and R = p^T p+ / J, a (C, C) cross-correlation,
+def correlation(d, d_positive, off_diagonal=0.3):
+    """Correlation of deviations across the views, our reading after Barlow Twins (arXiv
+    2103.03230): with the columns of d and d+ standardised over the images (biased variance, eps
+    1e-5) and R = d^T d+ / N, a (C, C) cross-correlation,
 
-        1/C * [ sum_d (1 - R_dd)^2 + off_diagonal * sum_{d != e} R_de^2 ]
+        1/C * [ sum_e (1 - R_ee)^2 + off_diagonal * sum_{e != f} R_ef^2 ]
 
-    p, p_positive: (J, C), the features of the same prototypes in the two views. 0 when J < 2.
+    d, d_positive: (N, C), the deviations of the same images in the two views. 0 when N < 2.
     """
-    if len(p) < 2:
-        return 0 * p.sum()
-    a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (p, p_positive))
-    r = a.T @ b / len(p)  # CxC
+    if len(d) < 2:
+        return 0 * d.sum()
+    a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (d, d_positive))
+    r = a.T @ b / len(d)  # CxC
     on = (1 - r.diagonal()).pow(2).sum()
     off = r.pow(2).sum() - r.diagonal().pow(2).sum()
     return (on + off_diagonal * off) / len(r)
 
 
+# ------------------------------------------------------------------------ figures of a clustering
+
+
 @torch.no_grad()
 def concentration(distances, assignments, num_prototypes, temperature):
-    """The temperature of each prototype (PCL, arXiv 2005.04966, section 3.3): (P,), larger for a looser cluster.
+    """The temperature of each prototype (PCL, arXiv 2005.04966, section 3.3): (P,), larger for a
+    looser cluster.
 
-    phi_j = (mean over members of ||v - c_j||) / log(n_j + 10). A prototype with one member or none takes the largest
-    phi; phi is clipped to its 10th..90th percentile, scaled to have mean `temperature`, and never under temperature / 10.
+    phi_j = (mean over members of ||v - c_j||) / log(n_j + 10). A prototype with one member or none
+    takes the largest phi; phi is clipped to its 10th..90th percentile, scaled to have mean
+    `temperature`, and never under temperature / 10.
 
-    distances: (n,) from each image to its centroid, not squared. assignments: (n,) long, in [0, P). Keeps the dtype of
-    the distances.
+    distances: (n,) from each image to its centroid, not squared. assignments: (n,) long, in [0, P).
+    Keeps the dtype of the distances.
     """
     size = torch.bincount(assignments, minlength=num_prototypes)
     total = torch.zeros(num_prototypes, dtype=torch.float64, device=distances.device)
@@ -119,6 +182,33 @@ def concentration(distances, assignments, num_prototypes, temperature):
     return (temperature * phi / phi.mean()).clamp(min=temperature / 10).to(distances.dtype)
 
 
-def _cross_entropy(logits, target):
-    accuracy = (logits.detach().argmax(1) == target).to(logits.dtype).mean()
-    return F.cross_entropy(logits, target), accuracy
+@torch.no_grad()
+def coagulation(v, assignments, prototypes):
+    """How far the embeddings v (n, C) have collapsed onto their prototypes (P, C): floats by name.
+
+    diversity: mean squared distance of two members, over prototypes with two or more; separation:
+    of two prototypes; balance: entropy of the prototypes' sizes / log P; empty: prototypes with no
+    member.
+    """
+    num_prototypes = len(prototypes)
+    size = torch.bincount(assignments, minlength=num_prototypes)
+    total = torch.zeros_like(prototypes).index_add_(0, assignments, v)
+    mean = total / size.clamp(min=1)[:, None]
+    spread = (2 * size / (size - 1) * (1 - mean.square().sum(1)))[size > 1].clamp(min=0)
+    pairs = num_prototypes * (num_prototypes - 1)
+    separation = 2 * (num_prototypes ** 2 - prototypes.sum(0).square().sum()) / pairs
+    entropy = torch.special.entr(size / len(v)).sum()
+    return dict(
+        diversity=spread.mean().item() if len(spread) else 0.0,
+        separation=max(0.0, separation.item()),
+        balance=(entropy / math.log(num_prototypes)).item(),
+        empty=int((size == 0).sum()))
+
+
+@torch.no_grad()
+def effective_rank(v, most=10_000):
+    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values of v (n, C),
+    centred, evenly thinned to at most `most` rows."""
+    v = v[::math.ceil(len(v) / most)].double()
+    values = torch.linalg.svdvals(v - v.mean(0))
+    return torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp().item()

@@ -1,33 +1,34 @@
 """PAUC: self-supervised pre-training of an image encoder (arXiv 2210.10194).
 
-    python pretrain.py                                     # scikit-learn's digits, on what the machine has
-    python pretrain.py --dataset cifar10                   # CIFAR-10, one process on every visible GPU
+    python pretrain.py                                     # scikit-learn's digits, on any machine
+    python pretrain.py --dataset cifar10                   # one process on every visible GPU
     python pretrain.py IMAGENET --nproc 8                  # an image folder, one node of 8 GPUs
-    python pretrain.py IMAGENET --world-size 2 --rank 0 --dist-url tcp://node0:23456    # several nodes: once on each,
-    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-endpoint node0:23456 pretrain.py IMAGENET      # in either way
-    python pretrain.py --num-clusters 0                    # MoCo v2
+    python pretrain.py IMAGENET --world-size 2 --rank 0 --dist-url tcp://node0:23456    # of 2
+    torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:23456 \
+        pretrain.py IMAGENET                               # or so, the same on every node
     python pretrain.py --align 0 --uniform 0 --corr 0      # PCL
+    python pretrain.py --num-clusters 0                    # MoCo v2
 """
 import argparse
-import inspect
+import fcntl
 import json
 import math
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
 import tempfile
 import time
 import traceback
-import types
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing import connection
 from pathlib import Path
 
-import faiss
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -38,455 +39,28 @@ from tqdm import tqdm
 import builder
 import loader
 import losses
+from loader import FileError, UsageError
 
-# What suits each data set. Batch, queue and clusters (by images a prototype) are fitted to smaller ones.
-SMALL = dict(arch="resnet18", crop_size=32, epochs=200, batch_size=256, queue_size=4096, moco_m=0.99, warmup_epochs=20,
-             knn_every=5, min_scale=0.2, flip=True, lr=0.03, temperature=0.2, align=0.1, uniform=0.1, corr=0.1)
+# What suits each data set. Batch, queue and clusters (by images a prototype) are fitted to it.
+SMALL = dict(arch="resnet18", crop_size=32, epochs=200, batch_size=256, queue_size=4096,
+             moco_m=0.99, warmup_epochs=20, knn_every=5, min_scale=0.2, flip=True, lr=0.03,
+             temperature=0.2)
 DEFAULTS = {
-    "folder": SMALL | dict(arch="resnet50", crop_size=224, queue_size=16384, moco_m=0.999, knn_every=10),
+    "folder": SMALL | dict(arch="resnet50", crop_size=224, queue_size=16384, moco_m=0.999,
+                           knn_every=10),
     "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL | dict(crop_size=28),
-    "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0, batch_size=64, lr=0.01,
-                           temperature=0.1, queue_size=1024, knn_every=2, align=1.0, uniform=1.0, corr=1.0),
+    "digits": SMALL | dict(crop_size=8, min_scale=0.6, flip=False, epochs=12, warmup_epochs=0,
+                           batch_size=64, lr=0.01, temperature=0.1, queue_size=1024, knn_every=2),
 }
 IMAGES_PER_PROTOTYPE = 50, 25, 12
-EVALUATION_BATCH = 512
-# DDP's flag has two names.
-NO_BUFFERS = {next(name for name in ("forward_sync_buffers", "broadcast_buffers")
-                   if name in inspect.signature(DistributedDataParallel).parameters): False}
+QUEUE_SHARE = 4  # the default queue is at most such a part of the images
+IMAGES_PER_PROCESS = 32  # of a batch, at least, where the number of processes is not asked for
+EVALUATION_BATCH, EVALUATION_BATCH_OF_FILES = 512, 64  # files wait in shared memory
+SPREAD_UP_TO = 4096  # prototypes; the cost of centroids far apart grows with their square
+DAY = timedelta(days=1)
 
 
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="PAUC pre-training", allow_abbrev=False)
-    add = parser.add_argument
-    add("dir", nargs="?", metavar="DIR", help="image folder, or where torchvision's data sets are (default: data)")
-    add("--dataset", choices=loader.DATASETS, help="default: folder with DIR, digits without")
-    add("--classes", metavar="FILE", help="class folders to keep, one a line")
-    add("--aug", choices=("v1", "v2"), default="v2", help="MoCo's augmentation")
-    add("--min-scale", type=share, help="least share of an image's area in a random crop (default: MoCo's 0.2)")
-    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images (default: all but digits)")
-    add("--crop-size", type=positive(int), help="pixels; under 64 without blur and with the small-image stem")
-    add("-a", "--arch", help="a torchvision net that ends in fc")
-    add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's two-layer head")
-    add("--dim", "--moco-dim", type=positive(int), default=128, help="dimensions of the embedding")
-    add("--queue-size", "--moco-k", type=positive(int), help="keys in the queue")
-    add("--moco-m", type=fraction, help="momentum of the key encoder")
-    add("--temperature", "--moco-t", type=positive(float), help="of InfoNCE, and the mean concentration (default: 0.2)")
-    add("--bn-splits", type=positive(int), default=1, help="slices of each process's batch with BN of their own")
-    add("--epochs", type=positive(int))
-    add("--warmup-epochs", type=natural, help="epochs of InfoNCE alone")
-    add("-b", "--batch-size", type=positive(int), help="images over all processes")
-    add("--lr", "--learning-rate", type=positive(float), help="default: 0.03; never scaled")
-    add("--schedule", type=natural, nargs="+", metavar="EPOCH", help="divide lr by 10 there (default: cosine)")
-    add("--momentum", type=fraction, default=0.9, help="of SGD")
-    add("--wd", "--weight-decay", type=natural_float, default=1e-4)
-    add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
-        help="prototypes of each clustering; 0: MoCo (default: 50, 25 and 12 images a prototype)")
-    add("--num-negatives", "--pcl-r", type=natural, default=16384, help="negative prototypes of ProtoNCE")
-    add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
-    add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
-    add("--kmeans-init", choices=("auto", "spread", "random"), default="auto",
-        help="first centroids: images far apart (AFK-MC2) or any, as in PCL; auto: far apart up to 4096")
-    add("--align", type=natural_float, help="weight of the alignment term (default: 0.1, digits: 1)")
-    add("--uniform", type=natural_float, help="weight of the uniformity term (likewise)")
-    add("--corr", type=natural_float, help="weight of the correlation term (likewise)")
-    add("--align-alpha", type=checked(float, lambda value: 1 <= value < math.inf, "1 or more"), default=2.0)
-    add("--uniform-t", type=positive(float), default=2.0)
-    add("--corr-lambda", type=natural_float, default=0.3, help="weight of the off-diagonal part")
-    add("--seed", type=natural, default=0)
-    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
-    add("-j", "--workers", type=natural, help="data workers of each process")
-    add("--nproc", type=positive(int), help="processes on this node (default: one on every GPU)")
-    add("--world-size", type=positive(int), default=1, metavar="NODES")
-    add("--rank", type=natural, default=0, metavar="NODE")
-    add("--dist-url", metavar="tcp://HOST:PORT", help="where the nodes meet")
-    add("--output", type=Path, default=Path("output"))
-    add("--resume", metavar="PATH", help="go on from a checkpoint; auto: from OUTPUT's, if there is one")
-    add("--print-every", type=positive(int), default=10, metavar="STEPS")
-    add("--knn-every", type=natural, metavar="EPOCHS", help="0: never")
-    add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep numbered checkpoints")
-    add("--save-every", type=natural, default=0, metavar="STEPS", help="save within epochs too")
-    args = parser.parse_args(argv)
-    args.dataset = args.dataset or ("folder" if args.dir else "digits")
-    args.dir = args.dir or "data"
-    for name, value in DEFAULTS[args.dataset].items():
-        if name not in ("batch_size", "queue_size") and getattr(args, name) is None:
-            setattr(args, name, value)
-    return args
-
-
-def main(argv=None):
-    launch(main_worker, parse_args(argv))
-
-
-def main_worker(args):
-    with usage_errors():
-        train, val = open_data(args)
-        fit(args, len(train))
-        checkpoint = open_output(args, len(train))
-        torch.manual_seed(args.seed)
-        model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp, args.crop_size < 64, args.bn_splits)
-        model.to(args.device, memory_format=torch.channels_last)
-    ddp = DistributedDataParallel(model, **NO_BUFFERS)  # BN's are process 0's, sent where they are used
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum, weight_decay=args.wd)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
-    batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(), dist.get_world_size())
-    augment = loader.Augment(args.aug, args.crop_size, train.statistics, args.flip)
-    views = loader.Views(train, batches, augment, args.device, 2, args.min_scale, args.workers)
-
-    # Where the run is: in `epoch`, after `step` of its `steps`, with the prototypes that its E-step found.
-    run = dict(epoch=0, step=0, steps=len(batches), clusterings=[], figures={})
-    if checkpoint:
-        model.load_state_dict(checkpoint["state_dict"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups[0].update(momentum=args.momentum, weight_decay=args.wd)  # what the flags say now
-        if checkpoint["scaler"]:  # it has none without --amp fp16
-            scaler.load_state_dict(checkpoint["scaler"])
-        run = {name: checkpoint[name] for name in run}
-        run["clusterings"] = [(assignments, prototypes.to(args.device), concentration.to(args.device))
-                              for assignments, prototypes, concentration in run["clusterings"]]
-    log = Log(args, checkpoint)
-
-    def save_run(name="checkpoint.pth"):
-        save_checkpoint(args, run, model, optimizer, log, name, scaler=scaler.state_dict(), num_images=len(train))
-
-    def monitor():
-        model.share_running_statistics()
-        return knn(builder.without_head(model.encoder_q), train, val, args)
-
-    if dist.get_rank() == 0:
-        print(summary(args, train, val), flush=True)
-    monitored = val is not None and args.knn_every > 0
-    if monitored and not checkpoint:
-        log.write(dict(epoch=0, step=0, knn=monitor()))
-
-    while run["epoch"] < args.epochs:
-        epoch = run["epoch"]
-        if args.num_clusters and epoch >= args.warmup_epochs and not run["clusterings"]:
-            run["clusterings"], run["figures"] = e_step(model, train, args, epoch)
-        batches.epoch, batches.start = epoch, run["step"]
-        m_step(ddp, optimizer, scaler, views, run, args, log, save_run)
-        figures = dict(epoch=epoch + 1, step=(epoch + 1) * run["steps"], **run["figures"])
-        if monitored and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            figures["knn"] = monitor()
-        log.write(figures)
-        run.update(epoch=epoch + 1, step=0, clusterings=[], figures={})
-        if args.keep_every and run["epoch"] % args.keep_every == 0:
-            save_run(f"checkpoint_{run['epoch']:04d}.pth")
-        if dist.get_rank() == 0:
-            backbone = builder.read_backbone(model.state_dict())
-            save(args.output / "backbone.pth", {name: value.cpu() for name, value in backbone.items()})
-        save_run()  # last: a run that is killed before it does all of this again
-    log.close()
-
-
-# ------------------------------------------------------------------------------------------------------------- E-step
-
-
-def e_step(model, train, args, epoch):
-    """Embed every training image, cluster the embeddings, and look at what the clusters are like.
-
-    Returns the clusterings, each (assignments (n,) long, prototypes (P, C) unit rows, concentration (P,)), and a dict of
-    figures. The same on every process; the clusterings are spread over them. Assignments stay on the CPU, as the indices of
-    a batch do: the number of prototypes that a batch touches is then known without waiting for the device.
-    """
-    start = time.time()
-    model.share_running_statistics()
-    v, _ = embed(model.encoder_k, train, args)
-    v = F.normalize(builder.gather(v)[:len(train)], dim=1)  # embeddings of all images: nxC
-    if not v.isfinite().all():
-        raise FloatingPointError(f"epoch {epoch + 1}: the embeddings are not finite, the run has diverged; resume the last "
-                                 f"checkpoint with a lower --lr")
-    embedded = time.time()
-    mine = {m: kmeans(v, size, loader.key(args.seed, epoch, "k-means", m), args) for m, size in enumerate(args.num_clusters)
-            if m % dist.get_world_size() == dist.get_rank()}
-    clusterings, objectives, each = [], [], []
-    for m, size in enumerate(args.num_clusters):
-        result = mine.get(m) or (torch.empty(len(v), dtype=torch.long, device=v.device), v.new_empty(size, args.dim),
-                                 v.new_empty(size), v.new_empty((), dtype=torch.float64))
-        for part in result:
-            dist.broadcast(part, src=m % dist.get_world_size())
-        assignments, prototypes, phi, objective = result
-        clusterings.append((assignments.cpu(), prototypes, phi))
-        objectives.append(objective.item())
-        each.append(coagulation(v, assignments, prototypes))
-    clustered = time.time()
-    figures = {name: [figure[name] for figure in each] for name in each[0]}
-    figures.update(effective_rank=effective_rank(v), kmeans_objective=objectives, seconds_embed=embedded - start,
-                   seconds_kmeans=clustered - embedded)
-    return clusterings, figures
-
-
-def kmeans(v, num_clusters, seed, args):
-    """k-means of v (n, C) by faiss, on this process's GPU where faiss sees one.
-
-    Returns assignments (n,) long, the unit-normalised centroids (P, C), concentration (P,), and the objective: the sum of
-    squared distances to the centroids.
-    """
-    x = v.cpu().numpy()
-    clustering = faiss.Clustering(x.shape[1], num_clusters)
-    clustering.niter, clustering.nredo, clustering.seed = args.kmeans_iters, args.kmeans_restarts, seed % 2 ** 31
-    spread = args.kmeans_init == "spread" or args.kmeans_init == "auto" and num_clusters <= 4096  # its cost grows with P^2
-    clustering.init_method = faiss.ClusteringInitMethod_AFK_MC2 if spread else faiss.ClusteringInitMethod_RANDOM
-    clustering.min_points_per_centroid, clustering.max_points_per_centroid = 1, 1000  # PCL's; more points are subsampled
-    if args.device.type == "cuda" and faiss.get_num_gpus() > 0:
-        torch.cuda.empty_cache()  # faiss allocates beside torch
-        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, faiss.IndexFlatL2(x.shape[1]))
-    else:
-        index = faiss.IndexFlatL2(x.shape[1])
-    clustering.train(x, index)
-    squared, assignments = (torch.from_numpy(part[:, 0]).to(v.device) for part in index.search(x, 1))
-    centroids = torch.from_numpy(faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)).to(v.device)
-    phi = losses.concentration(squared.clamp(min=0).sqrt(), assignments, num_clusters, args.temperature)
-    return assignments, F.normalize(centroids, dim=1), phi, squared.double().sum()
-
-
-def coagulation(v, assignments, prototypes):
-    """How far the embeddings v (n, C) have collapsed onto their prototypes (P, C).
-
-    diversity: mean squared distance of two members, over prototypes with two or more; separation: of two prototypes;
-    balance: entropy of the prototypes' sizes / log P; empty: prototypes with no member.
-    """
-    num_prototypes = len(prototypes)
-    size = torch.bincount(assignments, minlength=num_prototypes)
-    mean = torch.zeros_like(prototypes).index_add_(0, assignments, v) / size.clamp(min=1)[:, None]
-    spread = 2 * size / (size - 1) * (1 - mean.square().sum(1))
-    share = size / len(v)
-    return dict(
-        diversity=spread[size > 1].mean().item() if (size > 1).any() else 0.0,
-        separation=(2 * (num_prototypes ** 2 - prototypes.sum(0).square().sum())
-                    / (num_prototypes * (num_prototypes - 1))).item(),
-        balance=(torch.special.entr(share).sum() / math.log(num_prototypes)).item(),
-        empty=int((size == 0).sum()))
-
-
-def effective_rank(v):
-    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values of v (n, C), centred, evenly thinned
-    to at most 10,000 rows."""
-    v = v[::-(-len(v) // 10_000)].double()
-    values = torch.linalg.svdvals(v - v.mean(0))
-    return torch.special.entr(values / values.sum().clamp(min=1e-12)).sum().exp().item()
-
-
-@torch.inference_mode()
-def embed(encoder, data, args):
-    """Centre crops through the encoder in eval mode: this process's shard of the embeddings, float32, and its labels.
-
-    Returns (s, C) and (s,), with the same s = ceil(n / processes) everywhere: rows past the shard's end are zero and -1.
-    `builder.gather(x)[:n]` is then all n images, each once, in order.
-    """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    training, start, rows = encoder.training, 0, -(-len(data) // world_size)
-    encoder.eval()
-    dim = encoder(torch.zeros(1, 3, args.crop_size, args.crop_size, device=args.device)).shape[1]
-    v, labels = torch.zeros(rows, dim, device=args.device), torch.full((rows,), -1, device=args.device)
-    for image, label in loader.evaluation(data, args.crop_size, args.device, EVALUATION_BATCH, rank, world_size, args.workers):
-        with autocast(args):
-            v[start:start + len(image)] = encoder(image).float()
-        labels[start:start + len(image)] = label.to(args.device, non_blocking=True)
-        start += len(image)
-    encoder.train(training)
-    return v, labels
-
-
-@torch.inference_mode()
-def knn(backbone, train, val, args, k=20, temperature=0.07):
-    """Top-1 in percent of the weighted k-nearest-neighbour classifier (arXiv 1805.01978) on the backbone's features.
-
-    Neighbours are training images by cosine, with votes exp(cosine / temperature). Each process searches its own shard.
-    """
-    bank, bank_labels = embed(backbone, train, args)
-    queries, labels = embed(backbone, val, args)
-    F.normalize(bank, dim=1, out=bank)  # ImageNet's takes 10 GB
-    queries, labels = builder.gather(F.normalize(queries, dim=1))[:len(val)], builder.gather(labels)[:len(val)]
-    near, near_labels = [], []
-    for part in queries.split(256):
-        cosine, index = (part @ bank.T).masked_fill_(bank_labels < 0, -math.inf).topk(min(k, len(bank)), dim=1)
-        near.append(cosine)
-        near_labels.append(bank_labels[index])
-    world_size = dist.get_world_size()
-    near, near_labels = (torch.cat(builder.gather(torch.cat(x)).chunk(world_size), dim=1) for x in (near, near_labels))
-    cosine, index = near.topk(min(k, near.shape[1]), dim=1)  # the nearest of all processes' nearest: n_val x k
-    votes = torch.zeros(len(val), train.num_classes, device=cosine.device)
-    votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0), (cosine / temperature).exp())
-    return 100 * (votes.argmax(1) == labels).double().mean().item()
-
-
-# ------------------------------------------------------------------------------------------------------------- M-step
-
-
-def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
-    """The rest of the run's epoch: for each batch momentum update, keys, queries, loss, backward, optimizer, enqueue."""
-    model, epoch = ddp.module, run["epoch"]
-    model.train()
-    for step, (im_q, im_k, index, _), report in steps(views, run, args, log, save_run):
-        report["lr"] = optimizer.param_groups[0]["lr"] = learning_rate(epoch + step / run["steps"], args)
-        permutation = torch.randperm(args.batch_size, generator=generator("cpu", args.seed, epoch, step, "shuffle"))
-        with autocast(args):
-            q, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
-        keys = min((epoch * run["steps"] + step) * args.batch_size, args.queue_size)  # that the queue holds by now
-        loss, terms = pauc(q, k, index, model.queue[:, :keys], run["clusterings"], args, epoch, step)
-        report.update(mean_over_processes({"loss": loss, **terms}, run, args))  # waits; the backward is not waited for
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        model.enqueue(k)
-
-
-def pauc(q, k, index, queue, clusterings, args, epoch, step):
-    """The loss: L_ins + mean over clusterings [L_proto + w_a L_align + w_u L_uniform + w_c L_corr], and its terms by name.
-
-    q: (n, C) queries of this process, k: (N, C) keys of all, index: (N,) of their images in the data set. L_ins is over this
-    process's rows; the others are over the whole batch, the same on every process. What is in `terms` is logged.
-    """
-    n, rank = len(q), dist.get_rank()
-    terms = dict(zip(("loss_ins", "acc_ins"), losses.info_nce(q, k[rank * n:(rank + 1) * n], queue, args.temperature)))
-    if clusterings:
-        q = builder.gather_with_gradient(q)  # the whole batch: NxC
-        each = [prototype_terms(q, k, assignments[index], prototypes, concentration, args,
-                                generator(args.device, args.seed, epoch, step, m))
-                for m, (assignments, prototypes, concentration) in enumerate(clusterings)]
-        terms |= {name: sum(clustering[name] for clustering in each) / len(each) for name in each[0]}
-    weights = dict(loss_ins=1, loss_proto=1, loss_align=args.align, loss_uniform=args.uniform, loss_corr=args.corr)
-    return sum(weights[name] * term for name, term in terms.items() if name in weights), terms
-
-
-def prototype_terms(q, k, assignments, prototypes, concentration, args, negatives):
-    """What one clustering adds for the whole batch, by name; a term of weight 0 is left out. A new term goes here."""
-    terms = dict(zip(("loss_proto", "acc_proto"), losses.proto_nce(q, prototypes, concentration, assignments,
-                                                                   args.num_negatives, negatives)))
-    p, _ = losses.prototype_features(q, assignments)
-    p_positive, _ = losses.prototype_features(k, assignments)
-    if args.align:
-        terms["loss_align"] = losses.alignment(p, p_positive, args.align_alpha)
-    if args.uniform:
-        terms["loss_uniform"] = losses.uniformity(p, args.uniform_t)
-    if args.corr:
-        terms["loss_corr"] = losses.correlation(p, p_positive, args.corr_lambda)
-    terms["images_per_prototype"] = q.new_full((), len(q) / len(p))  # unlike new_tensor it does not wait
-    return terms
-
-
-def generator(device, *parts):
-    return torch.Generator(device).manual_seed(loader.key(*parts))
-
-
-def learning_rate(epoch, args):
-    """At a fractional epoch: a half cosine to 0, or a tenth at each epoch of --schedule."""
-    if args.schedule:
-        return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
-    return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
-
-
-# ---------------------------------------------------------------------------------------- fitting the data, resuming
-
-
-def fit(args, num_images):
-    """Fit batch, queue and clusters to the data set where they are defaults; refuse what was asked for and does not fit."""
-    defaults = DEFAULTS[args.dataset]
-    fit_batch(args, num_images, defaults["batch_size"])
-    args.queue_size = fitted("--queue-size", args.queue_size, defaults["queue_size"], num_images)
-    if args.num_clusters is None:
-        args.num_clusters = sorted({max(2, num_images // images) for images in IMAGES_PER_PROTOTYPE})
-    elif args.num_clusters == [0]:
-        args.num_clusters = []
-    for size in args.num_clusters:
-        if not 2 <= size <= num_images:
-            raise ValueError(f"--num-clusters {size}: give 0 alone for no clustering, or sizes from 2 to {num_images}, the "
-                             f"number of training images")
-    if args.num_clusters and args.warmup_epochs >= args.epochs and dist.get_rank() == 0:
-        print(f"--warmup-epochs {args.warmup_epochs} leaves no epoch for prototypes: InfoNCE alone", flush=True)
-
-
-def fit_batch(args, num_images, default):
-    groups = bn_groups(args)
-    if args.batch_size is None and default % groups and dist.get_rank() == 0:
-        print(f"--batch-size {default // groups * groups}, not {default}: fitted to {groups} groups", flush=True)
-    default = default // groups * groups
-    args.batch_size = fitted("--batch-size", args.batch_size, default, num_images // groups * groups)
-    if args.batch_size % groups or args.batch_size < 2 * groups:
-        raise ValueError(f"--batch-size {args.batch_size}: is split over {groups} groups (processes x --bn-splits), which must "
-                         f"have the same number of images, two or more; {max(2, args.batch_size // groups) * groups} works")
-
-
-def fitted(name, asked, default, largest):
-    if asked is not None and asked > largest:
-        raise ValueError(f"{name} {asked}: more than the data set's images; the largest that works is {largest}")
-    if asked is None and default > largest and dist.get_rank() == 0:
-        print(f"{name} {largest}, not {default}: fitted to the number of images", flush=True)
-    return min(default, largest) if asked is None else asked
-
-
-# A resumed run must be the same model on the same data, in the same batches.
-FIXED = "dataset", "arch", "crop_size", "mlp", "dim", "queue_size", "batch_size", "num_clusters"
-FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", "dist_url", "print_every", "save_every",
-        "keep_every", "knn_every", "bn_splits")
-
-
-def open_output(args, num_images, fixed=FIXED):
-    """Make OUTPUT a folder that can be written, and read the checkpoint to go on from: None for a fresh start."""
-    args.output.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.output).close()  # can it be written?
-    own = args.output / "checkpoint.pth"
-    in_use = own.exists() or own.with_suffix(".prev.pth").exists()
-    path = own if args.resume in (None, "auto") else Path(args.resume)
-    if in_use and (not args.resume or path.resolve().parent != args.output.resolve()):
-        raise ValueError(f"--output {args.output}: already holds a checkpoint; go on from it with --resume auto, or give "
-                         f"another --output")
-    checkpoint = load_or_previous(path, own) if args.resume and (in_use or args.resume != "auto") else None
-    position = [checkpoint.get(name, 0) for name in ("epoch", "step")] if isinstance(checkpoint, dict) else [-1, -1]
-    if len(builder.gather(torch.tensor([position], device=args.device)).unique(dim=0)) > 1:
-        raise ValueError(f"--output {args.output}: the processes found different checkpoints there; name a folder that all "
-                         f"nodes share")
-    if not args.resume or args.resume == "auto" and not in_use:
-        return None
-    if not isinstance(checkpoint, dict) or not {"state_dict", "optimizer", "args", "num_images"} <= checkpoint.keys():
-        raise ValueError(f"--resume {path}: not a checkpoint of this script")
-    now, then = plain(args), checkpoint["args"]
-    changed = {name: f"{flag(name, then.get(name))} (now {now[name]})" for name in now if now[name] != then.get(name)}
-    if any(name in changed for name in fixed):
-        raise ValueError(f"--resume {path}: was made with {', '.join(changed[name] for name in fixed if name in changed)}; "
-                         f"resume it with the same")
-    if checkpoint["num_images"] != num_images:
-        raise ValueError(f"--resume {path}: was made on {checkpoint['num_images']} images, and these are {num_images}")
-    told = [changed[name] for name in changed if name not in FREE]
-    if told and dist.get_rank() == 0:
-        print(f"resumed with other flags than {', '.join(told)}", flush=True)
-    if hasattr(args, "bn_splits") and checkpoint["bn_groups"] != bn_groups(args) and dist.get_rank() == 0:
-        print(f"resumed with BN over {bn_groups(args)} groups of the batch (processes x --bn-splits), not "
-              f"{checkpoint['bn_groups']}: no longer the same computation", flush=True)
-    return checkpoint
-
-
-def bn_groups(args):
-    return dist.get_world_size() * getattr(args, "bn_splits", 1)
-
-
-def flag(name, value):
-    return f"--{name.replace('_', '-')} {value}"
-
-
-def plain(args):
-    """The flags as plain types, which a checkpoint may hold."""
-    return {name: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
-            for name, value in vars(args).items()}
-
-
-def summary(args, train, val):
-    clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
-    slow = ", k-means on the CPU: faiss sees no GPU" if args.device.type == "cuda" and not faiss.get_num_gpus() else ""
-    return "\n".join((
-        f"data    {args.dataset}, {len(train)} images" + (f", {len(val)} for the kNN monitor" if val is not None else ""),
-        f"model   {args.arch} at {args.crop_size} px, {args.dim} dimensions, queue {args.queue_size}, "
-        f"momentum {args.moco_m}, prototypes {clusters}",
-        f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {len(train) // args.batch_size} steps of "
-        f"{args.batch_size} images, lr {args.lr}, weights {args.align} {args.uniform} {args.corr}, seed {args.seed}",
-        f"on      {dist.get_world_size()} x {args.device.type}, amp {args.amp}, {args.workers} workers each, "
-        f"to {args.output}{slow}"))
-
-
-# -------------------------------------------------------------------------------- what both scripts need: arguments
+# -------------------------------------------------------------------------------------- arguments
 
 
 def checked(kind, test, what):
@@ -506,22 +80,397 @@ def positive(kind):
 natural = checked(int, lambda value: value >= 0, "0 or more")
 natural_float = checked(float, lambda value: 0 <= value < math.inf, "0 or more")
 fraction = checked(float, lambda value: 0 <= value < 1, "from 0 to under 1")
-share = checked(float, lambda value: 0 < value <= 1, "over 0 and up to 1")
+part = checked(float, lambda value: 0 < value <= 1, "over 0 and up to 1")
+bits = checked(int, lambda value: 8 <= value <= 16, "from 8 to 16")
+power = checked(float, lambda value: 1 <= value < math.inf, "1 or more")
 
 
-# -------------------------------------------------------------------------------- data
+def sizes(text):
+    """One or, as in PCL, several with commas between them."""
+    return [natural(size) for size in text.split(",")]
 
 
-def open_data(args):
-    """The training set and the validation set or None. On each node one process goes first, and downloads if need be."""
-    if args.local_rank > 0:
-        dist.barrier()
-    train, val = (loader.load(args.dataset, args.dir, split, args.classes, args.device) for split in ("train", "val"))
-    if args.local_rank == 0:
-        dist.barrier()
-    if val is not None:
-        val.statistics = train.statistics
-    return train, val
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description="PAUC pre-training", allow_abbrev=False)
+    add = parser.add_argument
+    add("dir", nargs="?", metavar="DIR",
+        help="image folder, or where torchvision's data sets are (default: data)")
+    add("--aug", choices=("v1", "v2"), default="v2", help="MoCo's augmentation")
+    add("--min-scale", type=part, help="least part of an image in a random crop (default: 0.2)")
+    add("--crop-size", type=positive(int), help="pixels; under 64 no blur and a small-image stem")
+    add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's head")
+    add("--dim", "--moco-dim", "--low-dim", type=positive(int), default=128, help="of embeddings")
+    add("--queue-size", "--moco-k", type=positive(int), help="keys in the queue")
+    add("--moco-m", type=fraction, help="momentum of the key encoder")
+    add("--temperature", "--moco-t", type=positive(float),
+        help="of InfoNCE, and the mean concentration (default: 0.2)")
+    add("--bn-splits", type=positive(int), default=1,
+        help="slices of each process's batch with BN of their own")
+    add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
+    add("--num-clusters", "--num-cluster", type=sizes, nargs="+", metavar="P",
+        help="prototypes of each clustering; 0: MoCo (default: 50, 25 and 12 images a prototype)")
+    add("--num-negatives", "--pcl-r", type=natural, default=16384, help="of ProtoNCE")
+    add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
+    add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
+    add("--kmeans-init", choices=("auto", "spread", "random"), default="auto",
+        help="first centroids: images far apart, or any, as in PCL; auto: far apart up to 4096")
+    add("--proto", type=natural_float, default=1.0, help="weight of ProtoNCE")
+    add("--align", type=natural_float, default=0.3,
+        help="weight of alignment: a prototype's means in the two views")
+    add("--uniform", type=natural_float, default=0.3,
+        help="weight of uniformity: the batch's images")
+    add("--corr", type=natural_float, default=0.3,
+        help="weight of correlation: the images' deviations from their prototypes")
+    add("--align-alpha", type=power, default=2.0)
+    add("--uniform-t", type=positive(float), default=2.0)
+    add("--corr-lambda", type=natural_float, default=0.3, help="weight of the off-diagonal part")
+    add("--init", type=Path, metavar="PATH", help="start from the backbone in a checkpoint")
+    add("--knn-every", type=natural, metavar="EPOCHS", help="of the kNN monitor; 0: never")
+    add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep such checkpoints")
+    add("--output", "--exp-dir", type=Path, default=Path("output"))
+    add_common(add)
+    ignore(add)
+    parser.set_defaults(wd=1e-4)
+    args = parser.parse_args(argv)
+    if args.num_clusters is not None:
+        args.num_clusters = sum(args.num_clusters, [])
+    args.dataset = args.dataset or ("folder" if args.dir else "digits")
+    args.dir = args.dir or "data"
+    args.knn_first = args.knn_every is not None or args.dataset != "folder"  # 1.3 million are slow
+    for name, value in DEFAULTS[args.dataset].items():
+        if name not in ("batch_size", "queue_size") and getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
+
+
+def add_common(add):
+    """The flags of both scripts."""
+    add("--dataset", choices=loader.DATASETS, help="default: folder with DIR, digits without")
+    add("--classes", metavar="FILE", help="class folders to keep, one a line")
+    add("--bits", type=bits, default=16, help="that 16-bit image files use")
+    add("--flip", action=argparse.BooleanOptionalAction, help="mirror half of the images "
+        "(default: all but digits)")
+    add("-a", "--arch", help="a torchvision net that ends in fc")
+    add("--epochs", type=positive(int))
+    add("-b", "--batch-size", type=positive(int), help="images over all processes")
+    add("--lr", "--learning-rate", type=positive(float), help="never scaled by the batch")
+    add("--schedule", type=natural, nargs="+", metavar="EPOCH", help="divide lr by 10 there")
+    add("--momentum", type=fraction, default=0.9, help="of SGD")
+    add("--wd", "--weight-decay", type=natural_float)
+    add("--seed", type=natural, default=0)
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("-j", "--workers", type=natural, help="data workers of each process")
+    add("--nproc", type=positive(int), help="processes on this node (default: one on every GPU)")
+    add("--world-size", type=positive(int), default=1, metavar="NODES")
+    add("--rank", type=natural, default=0, metavar="NODE")
+    add("--dist-url", metavar="tcp://HOST:PORT", help="where the nodes meet")
+    add("--resume", metavar="PATH", help="a checkpoint to go on from; auto: OUTPUT's, if any")
+    add("-p", "--print-every", "--print-freq", type=positive(int), default=10, metavar="STEPS")
+    add("--save-every", type=natural, default=0, metavar="STEPS", help="save within epochs too")
+
+
+# MoCo's and PCL's flags that are the default or have no use here: accepted, and said.
+IGNORED = ("--aug-plus", "--cos", "--multiprocessing-distributed")
+IGNORED_WITH_VALUE = ("--gpu", "--dist-backend", "--start-epoch")
+
+
+def ignore(add):
+    for name in IGNORED:
+        add(name, dest="ignored", action="append_const", const=name, help=argparse.SUPPRESS)
+    for name in IGNORED_WITH_VALUE:
+        add(name, dest="ignored", action="append", metavar=name, type=lambda _, name=name: name,
+            help=argparse.SUPPRESS)
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    launch(main_worker, args, args.batch_size or DEFAULTS[args.dataset]["batch_size"])
+
+
+def main_worker(args):
+    train, val = open_data(args)
+    fit(args, len(train))
+    position, checkpoint = open_output(args, train)
+    torch.manual_seed(args.seed)
+    model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
+                         args.crop_size < 64, args.bn_splits)
+    if args.init and not checkpoint:
+        start_from(model, args.init)
+    model.to(args.device, memory_format=torch.channels_last)
+    ddp = DistributedDataParallel(model)
+    ddp.broadcast_buffers = False  # BN's are process 0's, sent where they are used
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum,
+                                weight_decay=args.wd)
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
+    augment = loader.Augment(args.aug, args.crop_size, train.statistics, args.flip)
+    batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(),
+                             dist.get_world_size())
+    views = loader.Views(train, batches, augment, args.device, 2, args.min_scale, args.workers)
+
+    # Where the run is: in `epoch`, after `step` of its `steps`, with what its E-step found.
+    run = dict(epoch=0, step=0, steps=len(batches), clusterings=[], figures={}, loss=math.nan)
+    if checkpoint:
+        restore(checkpoint, run, ddp, optimizer, args)
+        if checkpoint["scaler"]:  # it has none without --amp fp16
+            scaler.load_state_dict(checkpoint["scaler"])
+        run["clusterings"] = [losses.Clustering(assignments, *(x.to(args.device) for x in others))
+                              for assignments, *others in run["clusterings"]]
+    resumed = bool(checkpoint)
+    del checkpoint  # of a ResNet-50, half a gigabyte in every process
+    log = Log(args, position, run)
+    log.say(summary(args, train, val))
+    monitored = val is not None and args.knn_every > 0
+
+    def save_run(name="checkpoint.pth"):
+        state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
+        save_checkpoint(args, state, ddp, optimizer, log, name, scaler=scaler.state_dict(),
+                        digest=train.digest, bn_groups=bn_groups(args))
+
+    def monitor():
+        model.share_running_statistics()
+        return knn(builder.backbone_of(model.encoder_q), train, val, args)
+
+    if monitored and args.knn_first and not resumed:
+        log.epoch(dict(epoch=0, step=0, knn=monitor()), run, args)
+
+    while run["epoch"] < args.epochs:
+        start, epoch = time.time(), run["epoch"]
+        if args.num_clusters and epoch >= args.warmup_epochs and not run["clusterings"]:
+            run["clusterings"], run["figures"] = e_step(model, train, args, epoch)
+        m_step(ddp, optimizer, scaler, views, run, args, log, save_run)
+        figures = dict(epoch=epoch + 1, step=(epoch + 1) * run["steps"], **run["figures"])
+        if monitored and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
+            figures["knn"] = monitor()
+        log.epoch(figures | dict(seconds=time.time() - start), run, args)
+        run.update(epoch=epoch + 1, step=0, clusterings=[], figures={})
+        if args.keep_every and run["epoch"] % args.keep_every == 0:
+            save_run(f"checkpoint_{run['epoch']:04d}.pth")
+        save_backbone(model.encoder_q, args)
+        save_run()  # last: a run that is killed before it does all of this again
+    log.close()
+
+
+# ----------------------------------------------------------------------------------------- E-step
+
+
+def e_step(model, train, args, epoch):
+    """Embed every training image, cluster the embeddings, and look at what the clusters are like.
+
+    Returns a list of losses.Clustering and a dict of figures, the same on every process.
+    Assignments stay on the CPU, as the indices of a batch do: the number of prototypes that a batch
+    touches is then known without waiting for the device.
+    """
+    start = time.time()
+    model.share_running_statistics()
+    v, _ = embed(model.encoder_k, train, args)
+    v = F.normalize(builder.gather(v)[:len(train)], dim=1)  # embeddings of all images: nxC
+    if not v.isfinite().all():
+        raise Diverged(f"epoch {epoch + 1}: the embeddings are not finite", args)
+    embedded = time.time()
+    clusterings, objectives = cluster(v, args, epoch)
+    each = [losses.coagulation(v, *clustering[:2]) for clustering in clusterings]
+    figures = {name: [figure[name] for figure in each] for name in each[0]}
+    figures.update(effective_rank=losses.effective_rank(v), kmeans_objective=objectives,
+                   seconds_embed=embedded - start, seconds_kmeans=time.time() - embedded)
+    clusterings = [clustering._replace(assignments=clustering.assignments.cpu())
+                   for clustering in clusterings]
+    return clusterings, figures
+
+
+def cluster(v, args, epoch):
+    """k-means of v (n, C) for every number of prototypes, shared out to the processes: clusterings
+    on the device, and their objectives."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    found = []
+    for m, size in enumerate(args.num_clusters):
+        if m % world_size == rank:
+            found.append(kmeans(v, size, loader.seed_of(args.seed, epoch, "k-means", m), args))
+        else:
+            assignments = torch.empty(len(v), dtype=torch.long, device=v.device)
+            clustering = losses.Clustering(assignments, v.new_empty(size, args.dim),
+                                           v.new_empty(size))
+            found.append((clustering, v.new_empty((), dtype=torch.float64)))
+    for m, (clustering, objective) in enumerate(found):
+        for x in (*clustering, objective):
+            dist.broadcast(x, src=m % world_size)
+    return [clustering for clustering, _ in found], [objective.item() for _, objective in found]
+
+
+def kmeans(v, num_clusters, seed, args):
+    """k-means of v (n, C) by faiss, on this process's GPU where faiss sees one.
+
+    Returns a losses.Clustering on the device of v, and the objective: the sum of squared distances
+    to the centroids, 0-dim float64.
+    """
+    import faiss
+    x = v.cpu().numpy()
+    clustering = faiss.Clustering(x.shape[1], num_clusters)
+    clustering.niter, clustering.nredo = args.kmeans_iters, args.kmeans_restarts
+    clustering.seed = seed % 2 ** 31
+    clustering.min_points_per_centroid = 1  # fewer than faiss asks for are no mistake
+    clustering.max_points_per_centroid = 1000  # PCL's; more points are subsampled
+    spread = args.kmeans_init == "auto" and num_clusters <= SPREAD_UP_TO
+    clustering.init_method = (faiss.ClusteringInitMethod_AFK_MC2
+                              if spread or args.kmeans_init == "spread"
+                              else faiss.ClusteringInitMethod_RANDOM)
+    index = faiss.IndexFlatL2(x.shape[1])
+    if args.device.type == "cuda" and faiss.get_num_gpus() > 0:
+        torch.cuda.empty_cache()  # faiss allocates beside torch
+        index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, index)
+    elif args.kmeans_threads:
+        faiss.omp_set_num_threads(args.kmeans_threads)
+    clustering.train(x, index)
+    squared, assignments = index.search(x, 1)
+    squared = torch.from_numpy(squared[:, 0]).to(v.device).clamp(min=0)
+    assignments = torch.from_numpy(assignments[:, 0]).to(v.device)
+    centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
+    prototypes = F.normalize(torch.from_numpy(centroids).to(v.device), dim=1)
+    phi = losses.concentration(squared.sqrt(), assignments, num_clusters, args.temperature)
+    return losses.Clustering(assignments, prototypes, phi), squared.double().sum()
+
+
+@torch.inference_mode()
+def embed(encoder, data, args):
+    """Centre crops through the encoder in eval mode: this process's shard of the embeddings,
+    float32, and its labels.
+
+    Returns (s, C) and (s,), with the same s = ceil(n / processes) everywhere: rows past the shard's
+    end are zero and -1. `builder.gather(x)[:n]` is then all n images, each once, in order.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    training, start, rows = encoder.training, 0, math.ceil(len(data) / world_size)
+    encoder.eval()
+    one = torch.zeros(1, 3, args.crop_size, args.crop_size, device=args.device)
+    v = torch.zeros(rows, encoder(one).shape[1], device=args.device)
+    labels = torch.full((rows,), -1, device=args.device)
+    size = EVALUATION_BATCH if hasattr(data, "images") else EVALUATION_BATCH_OF_FILES
+    batches = loader.evaluation(data, args.crop_size, args.device, size, rank, world_size,
+                                args.workers)
+    total = math.ceil(len(loader.shard(len(data), rank, world_size)) / size)
+    for image, label in bar("embedding", 0, total, batches, after=10):
+        with autocast(args):
+            v[start:start + len(image)] = encoder(image).float()
+        labels[start:start + len(image)] = label.to(args.device, non_blocking=True)
+        start += len(image)
+    encoder.train(training)
+    return v, labels
+
+
+@torch.inference_mode()
+def knn(backbone, train, val, args):
+    """The kNN monitor: top-1 in percent on val of the backbone's features."""
+    bank, queries = embed(backbone, train, args), embed(backbone, val, args)
+    return neighbours(bank, queries, len(val), train.num_classes)[20]
+
+
+def neighbours(bank, queries, num_queries, num_classes, ks=(20,), temperature=0.07):
+    """The weighted k-nearest-neighbour classifier (arXiv 1805.01978): {k: top-1 in percent}.
+
+    bank, queries: this process's shards of features (s, d) and labels (s,), as `embed` gives them;
+    they are normalised in place. Neighbours are the bank's images by cosine, with votes
+    exp(cosine / temperature). Each process searches its own shard.
+    """
+    bank, bank_labels = F.normalize(bank[0], dim=1, out=bank[0]), bank[1]  # ImageNet's takes 10 GB
+    queries, labels = (builder.gather(x)[:num_queries] for x in queries)
+    queries, most = F.normalize(queries, dim=1), min(max(ks), len(bank))
+    near, near_labels = [], []
+    for rows in queries.split(256):
+        cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
+        cosine, index = cosine.topk(most, dim=1)
+        near.append(cosine)
+        near_labels.append(bank_labels[index])
+    world_size = dist.get_world_size()
+    near, near_labels = (torch.cat(builder.gather(torch.cat(x)).chunk(world_size), dim=1)
+                         for x in (near, near_labels))  # of all processes' shards
+    found = {}
+    for k in ks:
+        cosine, index = near.topk(min(k, near.shape[1]), dim=1)
+        votes = torch.zeros(num_queries, num_classes, device=cosine.device)
+        votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0),
+                           (cosine / temperature).exp())
+        found[k] = 100 * (votes.argmax(1) == labels).double().mean().item()
+    return found
+
+
+# ----------------------------------------------------------------------------------------- M-step
+
+
+def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
+    """The rest of the run's epoch: for each batch momentum update, keys, queries, loss, backward,
+    optimizer, enqueue."""
+    model, epoch, rank = ddp.module, run["epoch"], dist.get_rank()
+    model.train()
+    with stop.after_a_step(), log.progress(run, args):
+        for im_q, im_k, index, _ in views.epoch(epoch, run["step"]):
+            step, n = run["step"], len(im_q)
+            if not epoch and not step:
+                log.pairs(im_q, im_k, views.augment)
+            rate = set_learning_rate(optimizer, run, args)
+            shuffle = generator("cpu", args.seed, epoch, step, "shuffle")
+            permutation = torch.randperm(args.batch_size, generator=shuffle)
+            with autocast(args):
+                q, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
+            rows = slice(rank * n, (rank + 1) * n)
+            batch = losses.Batch(builder.gather_with_gradient(q), k, index, model.queue,
+                                 model.queue_index, rows, epoch, step)
+            loss, figures = pauc(batch, run["clusterings"], args)
+            report = read_report(loss, figures, run, args)  # waits for the device
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()  # is not waited for
+            scaler.step(optimizer)
+            scaler.update()
+            model.enqueue(k, index)
+            end_step(report | dict(lr=rate), run, args, log, save_run)
+
+
+def pauc(batch, clusterings, args):
+    """L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ].
+
+    L_ins is over this process's rows; the others are over the whole batch, the same on every
+    process. Returns the loss, and figures that are only logged: each term without its weight, by
+    name, and the accuracies. A new term is one more `add`: with its weight, or not at all.
+    """
+    loss, figures, share = 0, {}, 1 / max(1, len(clusterings))
+
+    def log(name, value, share):
+        figures[name] = figures.get(name, 0) + share * value.detach()
+
+    def add(name, weight, share, term, *inputs):
+        nonlocal loss
+        if not weight:
+            return
+        value = term(*inputs)
+        if isinstance(value, tuple):
+            value, accuracy = value
+            log(f"acc_{name}", accuracy, share)
+        loss = loss + share * weight * value
+        log(f"loss_{name}", value, share)
+
+    q, k, queue, rows = batch.q, batch.k, batch.queue, batch.rows
+    own = batch.index[rows].to(q.device, non_blocking=True)[:, None] == batch.queue_index
+    excluded = own | (batch.queue_index == builder.EMPTY)
+    add("ins", 1, 1, losses.info_nce, q[rows], k[rows], queue, args.temperature, excluded)
+    if clusterings:
+        add("uniform", args.uniform, 1, losses.uniformity, q, args.uniform_t)
+    for m, (assignments, prototypes, phi) in enumerate(clusterings):
+        s = assignments[batch.index]
+        negatives = generator(args.device, args.seed, batch.epoch, batch.step, m)
+        (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (q, k))
+        d, d_positive = (losses.deviations(z, prototypes, s) for z in (q, k))
+        add("proto", args.proto, share, losses.proto_nce, q, prototypes, phi, s,
+            args.num_negatives, negatives)
+        add("align", args.align, share, losses.alignment, p, p_positive, args.align_alpha)
+        add("corr", args.corr, share, losses.correlation, d, d_positive, args.corr_lambda)
+        log("images_per_prototype", q.new_full((), len(q) / len(p)), share)
+    return loss, figures
+
+
+def generator(device, *parts):
+    return torch.Generator(device).manual_seed(loader.seed_of(*parts))
 
 
 def autocast(args):
@@ -529,196 +478,399 @@ def autocast(args):
     return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
 
 
-# -------------------------------------------------------------------------------- steps
+def set_learning_rate(optimizer, run, args):
+    rate = learning_rate(run["epoch"] + run["step"] / run["steps"], args)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    return rate
 
 
-def steps(views, run, args, log, save_run):
-    """The rest of the run's epoch: yields each step, its batch, and a dict for what the step reports."""
-    clock, counted = time.time(), 0
-    with deferred_signals(), log.bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"]) as bar:
-        for step, batch in enumerate(views, run["step"]):
-            report = {}
-            yield step, batch, report
-            run["step"], counted = step + 1, counted + 1
-            bar.update()
-            total = run["epoch"] * run["steps"] + run["step"]
-            if total % args.print_every == 0:
-                speed, clock, counted = counted * args.batch_size / (time.time() - clock), time.time(), 0
-                log.write(dict(epoch=run["epoch"] + 1, step=total, **report, images_per_s=speed), bar)
-            last = run["step"] == run["steps"]  # what follows is no longer lost by a signal
-            if stop.agreed or last or args.save_every and total % args.save_every == 0:
-                save_run()
-            if stop.agreed:
-                if log.speaks:
-                    print(f"stopped by {signal.Signals(stop.agreed).name} after step {total}, and saved: --resume auto goes on")
-                raise Stopped(stop.agreed)
+def learning_rate(epoch, args):
+    """At a fractional epoch: a half cosine to 0, or a tenth at each epoch of --schedule."""
+    if args.schedule:
+        return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+    return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
 
 
-def mean_over_processes(terms, run, args):
-    """{name: 0-dim tensor} -> {name: float}, their means: one collective, and the step's one wait for the device (fp16's
-    scaler has another).
+def read_report(loss, figures, run, args):
+    """The loss and the figures as floats, means over processes: one collective, and the step's one
+    wait for the device (fp16's scaler has another).
 
-    The processes also agree here whether a signal ends the run after this step. Raises FloatingPointError where a mean is
-    not finite; call it before the backward, which then runs while the next batch is prepared.
+    The processes also agree here whether a signal ends the run after this step. A loss that is not
+    finite raises Diverged. Call it before the backward, which then runs while the next batch is
+    prepared.
     """
-    values = torch.stack([term.detach().float() for term in terms.values()])
+    values = torch.stack([loss.detach().float(), *(x.float() for x in figures.values())])
     values = torch.cat([values, values.new_full((1,), float(stop.caught))])
     dist.all_reduce(values)
-    *values, caught = (values / dist.get_world_size()).tolist()
-    means = dict(zip(terms, values))
-    if caught:  # by one process or more
-        number = torch.tensor(stop.caught, device=args.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        stop.caught = stop.agreed = int(number)
-    if not all(map(math.isfinite, means.values())):
-        raise FloatingPointError(f"epoch {run['epoch'] + 1}, step {run['step'] + 1}: the loss is not finite; the last "
-                                 f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
-    return means
+    *means, caught = (values / dist.get_world_size()).tolist()
+    if caught:
+        stop.agree(args.device)
+    report = dict(zip(("loss", *figures), means))
+    if not math.isfinite(report["loss"]):
+        where = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
+        raise Diverged(f"{where}: the loss is not finite", args)
+    return report
 
 
-# -------------------------------------------------------------------------------- launch
+def end_step(report, run, args, log, save_run):
+    """What follows a step in both scripts: report, save, and stop if a signal asked for it."""
+    run["step"] += 1
+    run["loss"] = report["loss"]
+    total = run["epoch"] * run["steps"] + run["step"]
+    log.step(report, run, args)
+    last = run["step"] == run["steps"]  # what follows is no longer lost by a signal
+    if stop.agreed or last or args.save_every and total % args.save_every == 0:
+        save_run()
+    if stop.agreed:
+        log.say(f"stopped by {signal.Signals(stop.agreed).name} after step {total}, and saved: "
+                f"--resume auto goes on")
+        raise Stopped(stop.agreed)
 
 
-class UsageError(Exception):
-    """What the user asked for cannot be: one line, exit status 2."""
+# ------------------------------------------------------------------------------- data and resuming
 
 
-KNOWN = UsageError, OSError, FloatingPointError  # whose message says all that there is to say
+def open_data(args):
+    """The training set and the validation set or None. On each node one process goes first, and
+    downloads if need be."""
+    if args.local_rank > 0:
+        dist.barrier()
+    train, val = (loader.load(args.dataset, args.dir, split, args.classes, args.bits, args.device)
+                  for split in ("train", "val"))
+    if args.local_rank == 0:
+        dist.barrier()
+    if val is not None:
+        val.statistics = train.statistics
+    return train, val
 
 
-@contextmanager
-def usage_errors():
-    """ValueErrors in here, while a run is set up, are the user's to mend."""
+def fit(args, num_images):
+    """Fit batch, queue and clusters to the data set where they are defaults; refuse what was asked
+    for and does not fit."""
+    defaults = DEFAULTS[args.dataset]
+    fit_batch(args, num_images, defaults["batch_size"])
+    if args.queue_size is None:
+        largest = max(1, num_images // QUEUE_SHARE)
+        args.queue_size = fitted("--queue-size", defaults["queue_size"], largest)
+    elif args.queue_size > num_images:
+        raise UsageError(f"--queue-size {args.queue_size}: more than the data set's images; the "
+                         f"largest that works is {num_images}")
+    if args.num_clusters is None:
+        sizes = {max(2, num_images // images) for images in IMAGES_PER_PROTOTYPE}
+        args.num_clusters = sorted(size for size in sizes if size <= num_images)
+    elif args.num_clusters == [0]:
+        args.num_clusters = []
+    for size in args.num_clusters:
+        if not 2 <= size <= num_images:
+            raise UsageError(f"--num-clusters {size}: give 0 alone for no clustering, or sizes "
+                             f"from 2 to {num_images}, the number of training images")
+    if args.num_clusters and args.warmup_epochs >= args.epochs:
+        say(f"--warmup-epochs {args.warmup_epochs} leaves no epoch for prototypes: InfoNCE alone")
+
+
+def fit_batch(args, num_images, default):
+    groups = bn_groups(args)
+    what = f"{groups} groups (processes x --bn-splits)" if groups > 1 else "two images or more"
+    if num_images < 2 * groups:
+        raise UsageError(f"{args.dir}: {num_images} images are too few for a batch of {what}, "
+                         f"each of two images or more" if groups > 1 else
+                         f"{args.dir}: {num_images} image is too few for a batch of {what}")
+    largest = num_images // groups * groups
+    if args.batch_size is None:
+        args.batch_size = fitted("--batch-size", max(2, default // groups) * groups, largest)
+    if args.batch_size > num_images:
+        raise UsageError(f"--batch-size {args.batch_size}: more than the data set's images; the "
+                         f"largest that works is {largest}")
+    if args.batch_size % groups or args.batch_size < 2 * groups:
+        works = min(largest, max(2, args.batch_size // groups) * groups)
+        raise UsageError(f"--batch-size {args.batch_size}: is split over {what}, which must have "
+                         f"the same number of images, two or more; {works} works")
+
+
+def fitted(name, default, largest):
+    if default > largest:
+        say(f"{name} {largest}, not {default}: fitted to the number of images")
+    return min(default, largest)
+
+
+def bn_groups(args):
+    return dist.get_world_size() * getattr(args, "bn_splits", 1)
+
+
+def start_from(model, path):
+    """--init: both encoders get the backbone in a checkpoint; the heads stay new."""
     try:
-        yield
-    except ValueError as error:
-        raise UsageError(error) from None
+        prefix = builder.load_backbone(model.encoder_q, load(path))
+    except builder.UsageError as error:
+        raise UsageError(f"--init {path}: {error}") from None
+    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
+    say(f"backbone from {path}" + (f", {prefix}*" if prefix else ""))
 
 
-def launch(worker, args):
-    """Run worker(args) in every process of the job, each with `local_rank`, `device` and a process group.
+# A resumed run must be the same model on the same data, in the same batches.
+FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "queue_size", "batch_size", "num_clusters")
+FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", "dist_url", "init",
+        "print_every", "save_every", "keep_every", "knn_every", "knn_first", "bn_splits", "ignored")
 
-    Under torchrun this is one of them. Else it starts them, one on every GPU or --nproc, and waits; one alone runs here.
-    Ends the interpreter with the job's status: 2 for usage, 1 for other failures, 128 + the signal's number for SIGTERM and
-    SIGINT, 0 for SIGUSR1.
+
+def open_output(args, train, fixed=FIXED):
+    """Make OUTPUT a folder that this run alone writes to, and read the checkpoint to go on from.
+
+    Returns where that checkpoint says that the log ends, and the checkpoint; 0 and None for a fresh
+    start."""
+    lock(args.output)
+    own = args.output / "checkpoint.pth"
+    in_use = own.exists() or own.with_suffix(".prev.pth").exists()
+    path = own if args.resume in (None, "auto") else Path(args.resume)
+    if in_use and (not args.resume or path.resolve().parent != args.output.resolve()):
+        raise UsageError(f"--output {args.output}: already holds a checkpoint; go on from it with "
+                         f"--resume auto, or give another --output")
+    wanted = args.resume and (in_use or args.resume != "auto")
+    checkpoint = load_or_previous(path, own) if wanted else None
+    position = [-1, -1]
+    if isinstance(checkpoint, dict):
+        position = [checkpoint.get(name, 0) for name in ("epoch", "step")]
+    positions = builder.gather(torch.tensor([position], device=args.device))
+    if len(positions.unique(dim=0)) > 1:
+        raise UsageError(f"--output {args.output}: the processes found different checkpoints "
+                         f"there; name a folder that all nodes share")
+    if not wanted:
+        return 0, None
+    needed = {"state_dict", "optimizer", "args", "digest", "log_size"}
+    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+        raise UsageError(f"--resume {path}: not a checkpoint of this script")
+    check_resume(args, checkpoint, train, fixed, path)
+    return (checkpoint["log_size"] if in_use else 0), checkpoint
+
+
+def check_resume(args, checkpoint, train, fixed, path):
+    """Refuse to go on with another model or other data, and say what else has changed."""
+    now, then = plain(args), checkpoint["args"]
+    changed = {name: f"--{name.replace('_', '-')} {then.get(name)} (now {now[name]})"
+               for name in now if now[name] != then.get(name)}
+    broken = [changed[name] for name in fixed if name in changed]
+    if broken:
+        raise UsageError(f"--resume {path}: was made with {', '.join(broken)}; resume it with the "
+                         f"same")
+    if checkpoint["digest"] != train.digest:
+        raise UsageError(f"--resume {path}: was made on other images than these {len(train)}; give "
+                         f"it those, or start another --output")
+    told = [changed[name] for name in changed if name not in FREE]
+    if told:
+        say(f"resumed with other flags than {', '.join(told)}")
+    groups = checkpoint.get("bn_groups")
+    if groups not in (None, bn_groups(args)):
+        say(f"resumed with BN over {bn_groups(args)} groups of the batch (processes x "
+            f"--bn-splits), not {groups}: no longer the same computation")
+
+
+def restore(checkpoint, run, model, optimizer, args):
+    """Put a checkpoint's state into what both scripts train."""
+    model.load_state_dict(checkpoint["state_dict"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    for group in optimizer.param_groups:  # what the flags say now
+        group.update(momentum=args.momentum, weight_decay=args.wd)
+    run.update({name: checkpoint[name] for name in run})
+
+
+def plain(args):
+    """The flags as plain types, which a checkpoint may hold."""
+    return {name: value if isinstance(value, (int, float, str, list, type(None))) else str(value)
+            for name, value in vars(args).items()}
+
+
+def summary(args, train, val):
+    """What a run starts with: what was understood of the data, the model, and where it runs."""
+    data = f"{args.dataset}, {len(train)} images"
+    if train.num_classes:
+        data += f" in {train.num_classes} classes"
+    data += f", {len(val)} for the kNN monitor" if val is not None else ", no kNN monitor"
+    clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
+    notes = [*train.notes, *(val.notes if val is not None else ())]
+    return "\n".join((
+        f"data    {data}", *(f"        {note}" for note in dict.fromkeys(notes)),
+        f"model   {args.arch} at {args.crop_size} px, queue {args.queue_size}, prototypes "
+        f"{clusters}",
+        f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of "
+        f"{len(train) // args.batch_size} steps of {args.batch_size} images, seed {args.seed}",
+        f"on      {dist.get_world_size()} x {args.device.type}, amp {args.amp}, {args.workers} "
+        f"workers each, to {args.output}"))
+
+
+# ----------------------------------------------------------------------------------------- launch
+
+
+class RunError(UsageError):
+    """A run that cannot go on for a reason that one line says."""
+
+    status = 1
+
+
+class Diverged(RunError):
+    def __init__(self, what, args):
+        super().__init__(f"{what}, the run has diverged; start anew or from an older checkpoint "
+                         f"(--keep-every keeps them) with a lower --lr or --amp off; the last one "
+                         f"in {args.output} has finite weights, but may be on its way there")
+
+
+KNOWN = UsageError, builder.UsageError  # whose message says all that there is to say
+
+
+def launch(worker, args, batch_size=None):
+    """Run worker(args) in every process of the job, each with a process group and, in args, its
+    `local_rank` and `device`.
+
+    Under torchrun this is one of them. Else it starts them, one on every GPU or --nproc, and waits;
+    one alone runs here. batch_size: what the processes are to share, where their number is not
+    asked for. Ends the interpreter with the job's status: 2 for usage, 1 for other failures, 128 +
+    the signal's number for signals, and 0 for SIGUSR1.
     """
     try:
         cuda = args.device != "cpu" and torch.cuda.is_available()
         if args.device == "cuda" and not cuda:
             raise UsageError("--device cuda: torch sees no GPU here; use --device cpu")
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            store, rank, world_size = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)  # it outlives a restart
-            return run(int(os.environ["LOCAL_RANK"]), worker, args, cuda, int(os.environ["LOCAL_WORLD_SIZE"]),
-                       dict(store=store, rank=rank, world_size=world_size), None)
-        nproc = args.nproc or (torch.cuda.device_count() if cuda else 1)
+            return join_torchrun(worker, args, cuda)
+        check_slurm(args)
+        nproc = args.nproc or processes(args, cuda, batch_size)
         if cuda and nproc > torch.cuda.device_count():
-            raise UsageError(f"--nproc {nproc}: the largest that works here is {torch.cuda.device_count()}, one for each GPU")
+            raise UsageError(f"--nproc {nproc}: the largest that works here is "
+                             f"{torch.cuda.device_count()}, one for each GPU")
         if args.world_size > 1 and not (args.dist_url or "").startswith("tcp://"):
-            raise UsageError("--world-size: several nodes need --dist-url tcp://HOST:PORT, with the host of node 0")
+            raise UsageError("--world-size: several nodes need --dist-url tcp://HOST:PORT, with "
+                             "the host of node 0")
         if args.rank >= args.world_size:
-            raise UsageError(f"--rank {args.rank}: of {args.world_size} nodes, the last is {args.world_size - 1}")
+            raise UsageError(f"--rank {args.rank}: of {args.world_size} nodes, the last is "
+                             f"{args.world_size - 1}")
     except UsageError as error:
         fail(error)
     with tempfile.TemporaryDirectory(prefix="pauc-") as meeting:
-        url = args.dist_url if args.world_size > 1 else f"file://{meeting}/store"  # one node meets in a file: no open port
-        if args.world_size == 1 and "lo" in (name for _, name in socket.if_nameindex()):
-            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-                os.environ.setdefault(variable, "lo")
-        group = dict(init_method=url, rank=args.rank * nproc, world_size=args.world_size * nproc)
+        group = dict(init_method=args.dist_url, rank=args.rank * nproc,
+                     world_size=args.world_size * nproc)
+        if args.world_size == 1:
+            group["init_method"] = f"file://{meeting}/store"  # no open port
+            if "lo" in (name for _, name in socket.if_nameindex()):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         if nproc == 1:
-            run(0, worker, args, cuda, nproc, group, meeting)
+            in_process(0, worker, args, cuda, nproc, group, meeting)
         else:
-            job = mp.start_processes(run, (worker, args, cuda, nproc, group, meeting), nproc, join=False)
+            inputs = worker, args, cuda, nproc, group, meeting
+            job = mp.start_processes(in_process, inputs, nproc, join=False)
             supervise(job.processes, meeting)
 
 
-def supervise(processes, meeting):
-    """Wait for the processes of this node, hand signals on to them, and end with all of them when one has failed."""
-    stop.caught = 0
-
-    def hand_on(number, _):
-        if number == signal.SIGINT and stop.caught in (signal.SIGINT, signal.SIGKILL):  # not the first
-            number = signal.SIGKILL
-        stop.caught = number
-        for process in processes:
-            if process.exitcode is None:
-                os.kill(process.pid, number)
-
-    with signal_handlers(hand_on):
-        while (running := [p.sentinel for p in processes if p.exitcode is None]) and not any(p.exitcode for p in processes):
-            connection.wait(running)
-        killed = [(i, p.exitcode) for i, p in enumerate(processes) if (p.exitcode or 0) < 0 and -p.exitcode != stop.caught]
-        if killed:
-            speak(ChildProcessError(f"process {killed[0][0]} was ended by {signal.Signals(-killed[0][1]).name}"), meeting)
-        until = time.time() + 10
-        for process in processes:  # those that are left end by themselves, unless they wait for the one that is dead
-            process.join(max(0, until - time.time()))
-            process.kill()
-            process.join()
-    status = 1 if killed else max(process.exitcode for process in processes)
-    if stop.caught and status <= 0:  # it ended them before they could handle it, or as they were done
-        status = 128 + (signal.SIGINT if stop.caught == signal.SIGKILL else stop.caught)
-    if status:
-        sys.exit(0 if status == 128 + signal.SIGUSR1 else status)
+def processes(args, cuda, batch_size):
+    """One on every GPU, but no more than leave each a sensible part of the batch."""
+    gpus = torch.cuda.device_count() if cuda else 1
+    if batch_size is None:
+        return gpus
+    most = max(1, batch_size // IMAGES_PER_PROCESS // args.world_size)
+    if most < gpus:
+        print(f"{most} of {gpus} GPUs, with {batch_size // most // args.world_size} images of the "
+              f"batch each; --nproc {gpus} takes all", flush=True)
+    return min(gpus, most)
 
 
-def run(local_rank, worker, args, cuda, nproc, group, meeting):
-    """One process of the job."""
-    args.local_rank, args.device = local_rank, torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if args.workers is None:
-        args.workers = min(16, cores // nproc) if cuda else 0  # on the CPU they would only share the cores
-    if cuda:
-        torch.cuda.set_device(args.device)
-        torch.backends.cudnn.benchmark = True
-    elif nproc > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, cores // nproc))
-        faiss.omp_set_num_threads(max(1, cores // nproc))
-    if args.amp == "auto":
-        args.amp = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "off"
+def check_slurm(args):
+    """One task a node starts the node's processes; several would be as many jobs."""
+    def number(*names):
+        found = next((os.environ[name] for name in names if name in os.environ), "1")
+        return int(re.match(r"\d*", found).group() or 1)
+    if "SLURM_PROCID" not in os.environ:
+        return
+    nodes = number("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+    tasks = number("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
+    if tasks > nodes or number("SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE") > 1:
+        raise UsageError(f"{tasks} SLURM tasks on {nodes} node(s) would be as many runs; start one "
+                         f"a node, which starts a process on every GPU: srun --ntasks={nodes} "
+                         f"--ntasks-per-node=1 python {' '.join(sys.argv)}")
+    if tasks > 1 and args.world_size == 1:
+        raise UsageError(f"{tasks} SLURM tasks would be as many runs; give each --world-size "
+                         f"{nodes} --rank $SLURM_NODEID --dist-url tcp://HOST:PORT")
+
+
+def join_torchrun(worker, args, cuda):
+    """Be the process of the job that torchrun made this one."""
+    unused = {"--nproc": args.nproc, "--world-size": args.world_size > 1, "--rank": args.rank,
+              "--dist-url": args.dist_url}
+    unused = [name for name in unused if unused[name]]
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    store.set_timeout(DAY)  # while one process lists or fetches a data set
+    if unused and rank == 0:
+        print(f"torchrun says how many processes meet and where, not {' '.join(unused)}")
+    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    store = dist.PrefixStore(f"start {restart}", store)  # it outlives a restart
+    in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda,
+               int(os.environ["LOCAL_WORLD_SIZE"]),
+               dict(store=store, rank=rank, world_size=world_size), None)
+
+
+def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
+    """One process of the job: `nproc` of them are on this node, and unless torchrun started them
+    they share the folder `meeting`."""
+    set_up(args, local_rank, cuda, nproc)
     if meeting:
         group["rank"] += local_rank
-    stop.caught = stop.agreed = 0
-    stop.deferred, stop.alone = False, meeting and nproc == 1
-    with signal_handlers(on_signal):
+    stop.reset(alone=bool(meeting) and nproc == 1)
+    if cuda:
+        group["device_id"] = args.device  # else NCCL guesses it from the rank
+    with signal_handlers(stop.on_signal):
         try:
-            # Others wait in a collective while one process clusters or downloads; a dead one is noticed without this.
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3), **group)
+            # Others wait in a collective while one clusters or downloads, and notice its death.
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=DAY, **group)
+            if args.ignored:
+                say(f"{' '.join(args.ignored)}: the default here, or without use")
             worker(args)
             dist.destroy_process_group()
         except (Stopped, Exception) as error:
-            traceback.clear_frames(error.__traceback__)  # the data workers end with the loader that they belong to
-            stop.deferred = True  # a signal has nothing left to end
+            traceback.clear_frames(error.__traceback__)  # the data workers end with their loader
+            stop.waiting = True  # a signal has nothing left to end
             error = dead_worker(error) or error
             if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
                 time.sleep(2)  # most likely another process has died, and can say of what
             if stop.caught and not isinstance(error, KNOWN):
-                if stop.agreed:
-                    dist.destroy_process_group()
-                elif group["rank"] == 0:
-                    print(f"stopped by {signal.Signals(stop.caught).name}"
-                          + ": --resume auto goes on from the last checkpoint" * (args.output / "checkpoint.pth").exists())
-                spawned = meeting and nproc > 1  # there status 0 would say that this process has done its work
-                sys.exit(0 if stop.caught == signal.SIGUSR1 and not spawned else 128 + stop.caught)
+                sys.exit(end_by_signal(args, group["rank"], spawned=meeting and nproc > 1))
             fail(error, meeting)
 
 
+def set_up(args, local_rank, cuda, nproc):
+    """What depends on the machine. From here on, and once `fit` is done, args is read only."""
+    args.local_rank = local_rank
+    args.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if args.workers is None:  # on the CPU they would only share the cores
+        args.workers = min(16, max(1, cores // nproc)) if cuda else 0
+    if cuda:
+        torch.cuda.set_device(args.device)
+        torch.backends.cudnn.benchmark = True
+    chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+    if not cuda and nproc > 1 and not chosen:
+        torch.set_num_threads(max(1, cores // nproc))
+    clustering = min(nproc, len(getattr(args, "num_clusters", None) or IMAGES_PER_PROTOTYPE))
+    args.kmeans_threads = None if chosen else max(1, cores // clustering)  # torchrun leaves one
+    if args.amp == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.amp = "bf16" if bf16 else "off"
+
+
 def dead_worker(error):
-    """The death of a data worker is told by an error in whatever the process was doing, and may have led to others."""
+    """The death of a data worker is told by an error in whatever the process was doing, and may
+    have led to others."""
     while error and not str(error).startswith("DataLoader worker"):
         error = error.__context__
-    return error and ChildProcessError(str(error))
+    return error and RunError(str(error))
 
 
 def fail(error, meeting=None):
     speak(error, meeting)
-    sys.exit(2 if isinstance(error, UsageError) else 1)
+    sys.exit(getattr(error, "status", 1))
 
 
 def speak(error, meeting=None):
-    """Say what is wrong: in one line, with a traceback before it if it is a fault of the program. Of several processes that
-    `meeting` brought together the first alone speaks."""
+    """Say what is wrong: in one line, with a traceback before it if it is a fault of the program.
+    Of several processes that share a `meeting` the first alone speaks."""
     try:
         if meeting:
             os.close(os.open(Path(meeting) / "failed", os.O_CREAT | os.O_EXCL))
@@ -726,69 +878,188 @@ def speak(error, meeting=None):
         return
     if not isinstance(error, KNOWN):
         traceback.print_exception(error)
-    message = (str(error).strip() or type(error).__name__).splitlines()[-1]  # a data worker's comes with its traceback
-    message = message.removeprefix("OSError: ")
+    # A data worker's comes with its traceback.
+    message = (str(error).strip() or type(error).__name__).splitlines()[-1]
+    message = re.sub(r"^(loader\.)?\w*Error: ", "", message)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 
-# -------------------------------------------------------------------------------- signals
+def supervise(processes, meeting):
+    """Wait for the processes of this node, hand signals on to them, and end with all of them when
+    one has failed."""
+    caught = 0
 
-# The signal that this process has caught, and the one that all of them know of and end by. While steps are made a signal
-# waits for the step's end; elsewhere it ends the process at once, since the last checkpoint is as good as a new one.
-stop = types.SimpleNamespace(caught=0, agreed=0, deferred=False, alone=True)
+    def hand_on(number, _):
+        nonlocal caught
+        if number == signal.SIGINT and caught in (signal.SIGINT, signal.SIGKILL):
+            number = signal.SIGKILL  # it is not the first
+        caught = number
+        for process in processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    with signal_handlers(hand_on):
+        while not any(process.exitcode for process in processes):
+            running = [process.sentinel for process in processes if process.exitcode is None]
+            if not running:
+                break
+            connection.wait(running)
+        killed = {i: -process.exitcode for i, process in enumerate(processes)
+                  if (process.exitcode or 0) < 0 and -process.exitcode != caught}
+        for i, number in list(killed.items())[:1]:
+            speak(RunError(f"process {i} was ended by {signal.Signals(number).name}"), meeting)
+        until = time.time() + 10
+        for process in processes:  # they end by themselves, but those that wait for a dead one
+            process.join(max(0, until - time.time()))
+            process.kill()
+            process.join()
+    status = job_status([process.exitcode for process in processes], killed, caught)
+    if status:
+        sys.exit(0 if status == 128 + signal.SIGUSR1 else status)
+
+
+def job_status(statuses, killed, caught):
+    """The status of a job from those of its processes, and the signal that it was sent or 0."""
+    if killed:
+        return 1
+    if max(statuses) > 0:
+        return max(statuses)
+    if caught == signal.SIGKILL:
+        return 128 + signal.SIGINT  # a second one
+    return 128 + caught if caught else 0  # it ended them before, or as, they were done
+
+
+# ---------------------------------------------------------------------------------------- signals
+
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP
 
 
 class Stopped(BaseException):
     """A signal ends the run."""
 
 
-def on_signal(number, _):
-    stop.caught = number
-    if number == signal.SIGINT and stop.alone:  # of several, each gets the terminal's and their parent's
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    if not stop.deferred:
-        stop.deferred = True  # one is enough
-        raise Stopped(number)
+class Stop:
+    """The signal that ends this process's run.
+
+    While steps are made a signal waits for the step's end, where the processes agree on it;
+    elsewhere it ends the process at once, since the last checkpoint is as good as a new one.
+    """
+
+    def __init__(self):
+        self.reset(alone=True)
+
+    def reset(self, alone):
+        self.caught, self.agreed = 0, 0  # by this process, and by all of them
+        self.waiting, self.alone = False, alone
+
+    def on_signal(self, number, _):
+        self.caught = number
+        if number == signal.SIGINT and self.alone:  # several get the terminal's and their parent's
+            signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        if not self.waiting:
+            self.waiting = True  # one is enough
+            raise Stopped(number)
+
+    @contextmanager
+    def after_a_step(self):
+        self.waiting = True
+        try:
+            yield
+        finally:
+            self.waiting = bool(self.caught)
+        if self.caught:
+            raise Stopped(self.caught)
+
+    def agree(self, device):
+        """One process or more have caught a signal: it is now all processes'."""
+        number = torch.tensor(int(self.caught), device=device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        self.caught = self.agreed = int(number)
+
+
+stop = Stop()
 
 
 @contextmanager
 def signal_handlers(handler):
-    """SIGTERM, SIGINT and SIGUSR1, which schedulers and people send, go to the handler in here."""
-    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    """What schedulers, terminals and people send goes to the handler in here; a SIGHUP that nohup
+    has turned off stays so."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: function for number, function in before.items()
+              if (number, function) != (signal.SIGHUP, signal.SIG_IGN)}
     try:
+        for number in before:
+            signal.signal(number, handler)
         yield
     finally:
         for number, function in before.items():
             signal.signal(number, function)
 
 
-@contextmanager
-def deferred_signals():
-    stop.deferred = True
+def end_by_signal(args, rank, spawned):
+    """End a process that a signal has stopped: its exit status."""
+    if stop.agreed:
+        dist.destroy_process_group()
+    elif rank == 0:
+        saved = (args.output / "checkpoint.pth").exists()
+        print(f"stopped by {signal.Signals(stop.caught).name}"
+              + (": --resume auto goes on from the last checkpoint" if saved else ""))
+    if stop.caught == signal.SIGUSR1 and not spawned:  # of one that was, 0 would say "done"
+        return 0
+    return 128 + stop.caught
+
+
+# ------------------------------------------------------------------------------------ checkpoints
+
+
+locks = []
+
+
+def lock(folder):
+    """Keep OUTPUT to this run until it ends, however it ends; data workers do not inherit it."""
     try:
-        yield
-    finally:
-        stop.deferred = bool(stop.caught)
-    if stop.caught:
-        raise Stopped(stop.caught)
-
-
-# -------------------------------------------------------------------------------- checkpoints, log
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()  # can it be written?
+    except OSError as error:
+        raise FileError(f"--output {folder}: cannot be written ({error.strerror})") from None
+    if dist.get_rank() > 0:
+        return
+    locks.clear()  # closed later, it would free this process's next one
+    locks.append(open(folder / ".lock", "w"))  # until the process ends
+    try:
+        fcntl.lockf(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise UsageError(f"--output {folder}: another run is writing there; wait for its end, or "
+                         f"give another --output") from None
+    except OSError:
+        say(f"{folder}: its file system has no locks; see to it that one run alone writes there")
 
 
 def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **more):
-    """Process 0 writes all that a resumed run needs; random numbers are keyed, so there is no generator to save."""
-    if not torch.stack([parameter.isfinite().all() for parameter in model.parameters()]).all():
-        raise FloatingPointError(f"epoch {run['epoch'] + 1}: the weights are not finite and were not saved; the last "
-                                 f"checkpoint in {args.output} is good, resume it with a lower --lr or --amp off")
+    """Process 0 writes all that a resumed run needs; random numbers are keyed, so there is no
+    generator to save."""
+    finite = [parameter.isfinite().all() for parameter in model.parameters()]
+    if not torch.stack(finite).all():
+        raise Diverged(f"epoch {run['epoch'] + 1}: the weights are not finite and were not saved",
+                       args)
     if dist.get_rank() == 0:
-        save(args.output / name, dict(run, arch=args.arch, state_dict=model.state_dict(), optimizer=optimizer.state_dict(),
-                                      args=plain(args), bn_groups=bn_groups(args), log_size=log.mark(), **more))
+        save(args.output / name, dict(
+            run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
+            optimizer=optimizer.state_dict(), log_size=log.mark(), **more))
     dist.barrier()
 
 
+def save_backbone(encoder, args):
+    """The query encoder's backbone as a file of its own, with torchvision's names."""
+    if dist.get_rank() == 0:
+        state = {name: x.cpu() for name, x in encoder.state_dict().items()}
+        save(args.output / "backbone.pth",
+             {name: x for name, x in state.items() if not builder.is_of_head(name)})
+
+
 def save(path, state):
-    """Write a file whole or not at all: aside, flushed, renamed. The checkpoint before stays as checkpoint.prev.pth."""
+    """Write a file whole or not at all: aside, flushed, renamed. The checkpoint before stays as
+    checkpoint.prev.pth."""
     new = path.with_suffix(".new")
     try:
         with open(new, "wb") as file:
@@ -803,82 +1074,188 @@ def save(path, state):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         new.unlink(missing_ok=True)
-        raise OSError(f"{path}: cannot be written ({error}); the checkpoint before it is as it was") from None
+        raise FileError(f"{path}: cannot be written ({str(error).splitlines()[0]}); the checkpoint "
+                        f"before it is as it was") from None
 
 
 def load(path):
     """What is in a checkpoint file, as data alone: nothing in it can run."""
+    path, kinds = Path(path), harmless()
     try:
+        if path.stat().st_size == 0:
+            raise FileError(f"{path}: is an empty file, not a checkpoint")
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # torch.load takes flipped bytes in silence
                     raise zipfile.BadZipFile("a part's checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(kinds):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such checkpoint") from None
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise OSError(f"{path}: not a whole checkpoint ({str(error).splitlines()[0]})") from None
+        raise FileError(f"{path}: no such checkpoint") from None
+    except FileError:
+        raise
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError,
+            TypeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise FileError(f"{path}: {what_is_wrong(path, error)}") from None
+
+
+def harmless():
+    """What many published checkpoints hold beside tensors, and what cannot run code."""
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"}
+    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
+    return [argparse.Namespace, np.dtype, *kinds, (scalar, "numpy.core.multiarray.scalar"),
+            (scalar, "numpy._core.multiarray.scalar")]
+
+
+def what_is_wrong(path, error):
+    """In words of our own: torch's advise to load a file in the way that can run code."""
+    refused = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and refused and "weights_only" in str(error):
+        return (f"not a whole checkpoint that is data alone: it holds a {refused.group(1)}; save "
+                f"its state dict by itself")
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start.startswith(b"PK"):
+        return "not a whole checkpoint: it is cut short or damaged"
+    return "not a whole checkpoint: it is no file that torch.save wrote, or is damaged"
 
 
 def load_or_previous(path, own):
-    """What is in a checkpoint file, or in the one before it where this one is damaged or was about to be replaced. This run's
-    own is then moved out of the way, lest it become the one before."""
+    """What is in a checkpoint file, or in the one before it where this one is damaged or was about
+    to be replaced. This run's own is then moved out of the way, lest it become the one before."""
     previous = path.with_suffix(".prev.pth")
     try:
         return load(path)
-    except OSError as error:
+    except FileError as error:
         if not previous.exists():
             raise
         checkpoint = load(previous)
-        if dist.get_rank() == 0:
-            print(f"{error}; taking {previous}, the one before", flush=True)
-            if path == own and path.exists():
-                os.replace(path, path.with_suffix(".damaged.pth"))
+        say(f"{error}; taking {previous}, the one before")
+        if dist.get_rank() == 0 and path == own and path.exists():
+            os.replace(path, path.with_suffix(".damaged.pth"))
         return checkpoint
 
 
-class Log:
-    """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, TensorBoard in OUTPUT, and the terminal."""
+# -------------------------------------------------------------------------------------------- log
 
-    def __init__(self, args, checkpoint):
+
+def say(text):
+    """Once, of all processes."""
+    if dist.get_rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def bar(title, start, total, iterable=None, after=0):
+    """A progress bar on process 0's terminal, `after` so many seconds."""
+    off = dist.get_rank() > 0 or not sys.stdout.isatty()
+    return tqdm(iterable, title, total, initial=start, disable=off, file=sys.stdout, leave=False,
+                dynamic_ncols=True, delay=after)
+
+
+class Log:
+    """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, of which the first holds the
+    flags; TensorBoard in OUTPUT; and a shorter line on the terminal."""
+
+    def __init__(self, args, position, run):
+        """position: where the log of a run that goes on is cut; what came after will come again."""
         self.speaks = dist.get_rank() == 0
-        self.terminal = self.speaks and sys.stdout.isatty()
-        if self.speaks:
-            from torch.utils.tensorboard import SummaryWriter
-            self.file = open(args.output / "log.jsonl", "a+b")
-            # What came after the checkpoint is about to happen again.
-            self.file.truncate(min(self.file.seek(0, os.SEEK_END), checkpoint["log_size"] if checkpoint else 0))
-            self.board = SummaryWriter(args.output, purge_step=checkpoint["epoch"] * checkpoint["steps"] + checkpoint["step"] + 1
-                                       if checkpoint else 0)
+        if not self.speaks:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        done = run["epoch"] * run["steps"] + run["step"]
+        self.path = args.output / "log.jsonl"
+        try:
+            self.file = open(self.path, "a+b")
+            self.file.truncate(min(self.file.seek(0, os.SEEK_END), position))
+            self.board = SummaryWriter(args.output, purge_step=done + 1 if done else 0)
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if not self.file.tell():
+            self.write(dict(flags=plain(args)))
+
+    def write(self, record):
+        try:
+            self.file.write(json.dumps(finite(record)).encode() + b"\n")
+            self.file.flush()
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def mark(self):
-        """Write out all that was reported, and return the log's size, to which a resumed run cuts it."""
+        """Write out all that was reported, and return the log's size."""
         self.board.flush()
         return self.file.seek(0, os.SEEK_END)
 
-    def write(self, record, bar=None):
+    @contextmanager
+    def progress(self, run, args):
+        """A bar over the steps of an epoch, and the clock of their speed."""
+        self.since, self.counted = time.time(), 0
+        with bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"]) as self.bar:
+            yield
+
+    def step(self, report, run, args):
+        self.bar.update()
+        self.counted += 1
+        step = run["epoch"] * run["steps"] + run["step"]
+        if step % args.print_every:
+            return
+        speed = self.counted * args.batch_size / (time.time() - self.since)
+        self.since, self.counted = time.time(), 0
+        place = f"epoch {run['epoch'] + 1}/{args.epochs}  step {run['step']}/{run['steps']}"
+        accuracy = next((value for name, value in report.items() if name.startswith("acc")), 0)
+        line = (f"{place}  loss {report['loss']:.4f}  acc {accuracy:.3f}  lr {report['lr']:.2g}  "
+                f"{speed:.0f} images/s")
+        self.report(dict(epoch=run["epoch"] + 1, step=step, **report, images_per_s=speed), line)
+
+    def epoch(self, record, run, args):
+        shown = dict(loss=run["loss"], **record)
+        shown = {name: np.mean(shown[name]) for name in TERMINAL if name in shown}
+        place = f"epoch {record['epoch']}/{args.epochs}"
+        line = "  ".join([place, *(f"{TERMINAL[name]} {value:.4g}" for name, value in shown.items()
+                                   if math.isfinite(value))])
+        self.report(record, line)
+
+    def pairs(self, im_q, im_k, augment, number=16):
+        """Augmented pairs, side by side, in TensorBoard: to be looked at."""
+        if self.speaks:
+            from torchvision.utils import make_grid
+            rows = torch.stack([im_q[:number], im_k[:number]], dim=1).flatten(0, 1)
+            images = (rows * augment.std + augment.mean).clamp(0, 1)
+            self.board.add_image("pairs", make_grid(images, nrow=8), 0)
+
+    def report(self, record, line):
         if not self.speaks:
             return
-        self.file.write(json.dumps(record).encode() + b"\n")
-        self.file.flush()
+        self.write(record)
         for name, value in record.items():
-            for i, part in enumerate(value if isinstance(value, list) else [value]):
-                self.board.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, part, record["step"])
-        text = "  ".join(f"{name} {' '.join(f'{part:.4g}' for part in (value if isinstance(value, list) else [value]))}"
-                         for name, value in record.items())
-        if self.terminal and bar is not None:
-            bar.set_postfix_str(text)
-        else:
-            tqdm.write(text)
+            several = isinstance(value, list)
+            for i, x in enumerate(value if several else [value]):
+                self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
+        say(line)
 
-    def bar(self, title, start, total):
-        return tqdm(desc=title, initial=start, total=total, disable=not self.terminal, file=sys.stdout, leave=False,
-                    dynamic_ncols=True)
+    def say(self, text):
+        say(text)
 
     def close(self):
         if self.speaks:
             self.file.close()
             self.board.close()
+
+
+# What an epoch's line shows; a mean over the clusterings where they have a figure each.
+TERMINAL = dict(loss="loss", knn="kNN", top1="top-1", top5="top-5", best="best",
+                diversity="diversity", effective_rank="rank", seconds="seconds")
+
+
+def finite(value):
+    """JSON has no NaN and no infinity: null."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

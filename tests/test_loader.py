@@ -1,10 +1,14 @@
 """Data sets, any mode of image, augmentation against torchvision's, keyed views, sharding."""
 import gzip
+import os
+import resource
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from conftest import script
+from PIL import ExifTags, Image, ImageFilter
+from torch._utils import ExceptionWrapper
 from torchvision.transforms import RandomResizedCrop, functional
 
 import loader
@@ -15,77 +19,330 @@ def test_digits_are_split_once_and_stratified():
     assert (len(train), len(val), train.num_classes) == (1437, 360, 10)
     share = torch.bincount(train.labels) / len(train) - torch.bincount(val.labels) / len(val)
     assert share.abs().max() < 0.005
-    assert not {image.numpy().tobytes() for image in train.images} & {image.numpy().tobytes() for image in val.images}
+    pixels = [{image.numpy().tobytes() for image in half.images} for half in (train, val)]
+    assert not pixels[0] & pixels[1]
 
 
 def test_statistics_standardise_the_training_images():
     train = loader.load("digits", None, "train")
     mean, std = train.statistics
     x = train.images.double() / 255
-    assert mean == pytest.approx([x.mean().item()] * 3) and std == pytest.approx([x.std(correction=0).item()] * 3)
+    assert mean == pytest.approx([x.mean().item()] * 3)
+    assert std == pytest.approx([x.std(correction=0).item()] * 3)
+
+
+def write_fashion_mnist(root):
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        images = gzip.compress(bytes(16) + PIXELS.tobytes())
+        (raw / f"{split}-images-idx3-ubyte.gz").write_bytes(images)
+        (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + LABELS))
+    return raw
+
+
+PIXELS, LABELS = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np.uint8), b"\0\1\2\1"
 
 
 def test_fashion_mnist_is_read_from_gz_alone(tmp_path):
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    images = np.random.default_rng(0).integers(0, 256, (6, 28, 28), dtype=np.uint8)
-    for split in ("train", "t10k"):
-        (raw / f"{split}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images.tobytes()))
-        (raw / f"{split}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes([0, 1, 2, 3, 2, 9])))
+    raw = write_fashion_mnist(tmp_path)
     data = loader.load("fashionmnist", tmp_path, "val")
-    assert (data.images[:, 0].numpy() == images).all() and data.labels.tolist() == [0, 1, 2, 3, 2, 9]
+    assert (data.images[:, 0].numpy() == PIXELS).all() and data.labels.tolist() == [0, 1, 2, 1]
     assert sorted(path.suffix for path in raw.iterdir()) == [".gz"] * 4
 
 
+def test_a_damaged_fashion_mnist_is_said_in_one_line(tmp_path):
+    raw = write_fashion_mnist(tmp_path)
+    whole = (raw / "train-images-idx3-ubyte.gz").read_bytes()
+    spoilt = gzip.compress(gzip.decompress(whole)[:-1])
+    for content in (whole[:-20], b"no gzip", whole[:30] + b"xx" + whole[32:], spoilt):
+        (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
+        with pytest.raises(loader.FileError, match="damaged.*fetch it again"):
+            loader.load("fashionmnist", tmp_path, "train")
+
+
+@pytest.mark.parametrize("flags", [dict(classes="x"), dict(bits=12)])
+def test_arrays_take_no_flags_of_folders(flags):
+    with pytest.raises(loader.UsageError, match="only an image folder"):
+        loader.load("digits", None, "train", **flags)
+
+
+def test_a_data_set_is_one_function_in_the_table(monkeypatch):
+    def zeros(root, split, device):
+        return loader.Arrays(np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], device)
+    monkeypatch.setitem(loader.DATASETS, "zeros", zeros)
+    assert loader.load("zeros", None, "train").labels.tolist() == [0, 1, 0, 1]
+
+
+def test_errors_have_the_status_of_their_kind_and_pass_from_a_worker(tmp_path):
+    assert (loader.UsageError.status, loader.FileError.status) == (2, 1)
+    name = "new\nline\udcff.png"
+    (tmp_path / name).write_bytes(b"no image")
+    data = loader.load("folder", tmp_path, "train")
+    try:
+        data[0]
+    except loader.FileError:
+        wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(loader.FileError) as caught:
+        wrapped.reraise()
+    last = str(caught.value).splitlines()[-1]
+    assert f"{tmp_path}/new\\nline\\udcff.png: cannot be read as an image" in last
+    assert "python loader.py DIR" in last
+
+
+# ------------------------------------------------------------------------------ what a folder holds
+
+
+def write(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / name)
+    return root
+
+
+def folder(root, *names, split="train", **options):
+    return loader.load("folder", write(root, *names), split, **options)
+
+
+def said(data, *words):
+    """Whether one of the notes has all the words."""
+    return any(all(word in note for word in words) for note in data.notes)
+
+
 def test_folder_labels_follow_the_training_classes_in_both_splits(tmp_path):
-    for name in ("train/b/1.png", "train/a/x/2.png", "train/c/3.PNG", "val/c/4.png", "val/b/5.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    train, val = loader.load("folder", tmp_path, "train"), loader.load("folder", tmp_path, "val")
-    assert train.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [1, 2] and train.num_classes == 3
-    (tmp_path / "keep").write_text("c\nb\n")
-    assert loader.load("folder", tmp_path, "train", tmp_path / "keep").labels.tolist() == [0, 1]
-    assert loader.load("folder", tmp_path, "val", tmp_path / "keep").labels.tolist() == [0, 1]
+    train = folder(tmp_path, "train/b/1.png", "train/a/x/2.png", "train/c/3.PNG", "val/c/4.png",
+                   "val/b/5.png", "val/a/6.png")
+    val = loader.load("folder", tmp_path, "val")
+    assert train.labels.tolist() == [0, 1, 2] and train.num_classes == 3
+    assert train.names == ["train/a/x/2.png", "train/b/1.png", "train/c/3.PNG"]
+    assert val.labels.tolist() == [0, 1, 2] and val.names[1] == "val/b/5.png"
+    assert train.notes == [] and val.unknown_classes == []
+
+
+@pytest.mark.parametrize("content", [
+    b"c\nb\n", b"\xef\xbb\xbfc\r\nb\r\n\r\n", " c\r\nb\r\n".encode("utf-16")])
+def test_classes_are_read_as_unix_and_windows_write_them(content, tmp_path):
+    write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in "abc"))
+    (tmp_path / "keep").write_bytes(content)
+    for split in ("train", "val"):
+        data = loader.load("folder", tmp_path, split, tmp_path / "keep")
+        assert data.names == [f"{split}/b/1.png", f"{split}/c/1.png"]
+        assert data.labels.tolist() == [0, 1] and data.unknown_classes == []
 
 
 def test_any_tree_of_images_is_unlabelled_data(tmp_path):
-    for name in ("1.png", "deep/er/2.jpg", "deep/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
     (tmp_path / "notes.txt").write_text("no image")
+    data = folder(tmp_path, "1.png", "deep/er/2.jpg", "deep/3.png")
+    assert data.names == ["1.png", "deep/3.png", "deep/er/2.jpg"]
+    assert data.labels.tolist() == [-1] * 3 and loader.load("folder", tmp_path, "val") is None
+    assert said(data, "no folder train", "without labels") and said(data, "left out: 1 .txt")
+
+
+def test_hidden_names_are_not_there(tmp_path):
+    write(tmp_path, "train/a/1.png", "train/b/1.png", "train/.ipynb_checkpoints/1.png",
+          "train/a/.thumbnails/1.png", ".val/a/1.png")
+    for name in ("train/a/._1.png", "train/a/.DS_Store"):
+        (tmp_path / name).write_bytes(b"companion")
     data = loader.load("folder", tmp_path, "train")
-    assert len(data) == 3 and data.labels.tolist() == [-1] * 3 and loader.load("folder", tmp_path, "val") is None
+    assert data.names == ["train/a/1.png", "train/b/1.png"] and data.notes == []
+
+
+def test_loose_images_beside_class_folders_are_left_out_and_counted(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "train/b/1.png", "train/loose.png")
+    assert data.labels.tolist() == [0, 1] and said(data, "1 images beside the class folders")
+
+
+def test_mostly_loose_images_are_all_taken_without_labels(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", *(f"train/{i}.png" for i in range(5)))
+    assert data.labels.tolist() == [-1] * 6 and data.num_classes == 0
+    assert said(data, "most images lie beside its folders")
+
+
+def test_a_class_called_train_is_one_of_the_classes(tmp_path):
+    data = folder(tmp_path, "bus/1.png", "car/1.png", "train/1.png")
+    assert data.names == ["bus/1.png", "car/1.png", "train/1.png"]
+    assert said(data, "train is taken for one of the folders", "bus")
+
+
+def test_folders_beside_the_splits_are_said_to_be_unused(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "val/a/1.png", "extra/1.png", "0.png")
+    assert data.names == ["train/a/1.png"] and said(data, "not used: extra, 1 images beside train")
+
+
+@pytest.mark.parametrize("train, val", [
+    ("train", "validation"), ("training", "val"), ("Training", "Valid"), ("train", "test")])
+def test_usual_names_of_splits_are_known_and_said(train, val, tmp_path):
+    data = folder(tmp_path, f"{train}/a/1.png", f"{val}/a/2.png")
+    assert data.names == [f"{train}/a/1.png"] and said(data, f"{val} for the monitor")
+    assert loader.load("folder", tmp_path, "val").names == [f"{val}/a/2.png"]
+
+
+def test_val_is_preferred_to_test(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "val/a/2.png", "test/a/3.png")
+    assert loader.load("folder", tmp_path, "val").names == ["val/a/2.png"]
+    assert said(data, "not used: test")
+
+
+def test_a_val_without_train_is_said_to_be_trained_on(tmp_path):
+    data = folder(tmp_path, "a/1.png", "val/1.png")
+    assert len(data) == 2 and said(data, "those of val too")
+    assert loader.load("folder", tmp_path, "val") is None
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_links_lead_to_each_file_once(place, tmp_path):
+    write(tmp_path / "images", *(f"{place or '.'}/{name}/{i}.png" for name in "ab" for i in (1, 2)))
+    inside = tmp_path / "images" / place
+    (inside / "a" / "up").symlink_to("..")
+    (inside / "a" / "root").symlink_to(tmp_path)
+    (inside / "a" / "other").symlink_to("../b")
+    (inside / "a" / "itself").symlink_to("itself")
+    data = loader.load("folder", tmp_path / "images", "train")
+    expected = [os.path.join(place, f"{name}/{i}.png") for name in "ab" for i in (1, 2)]
+    assert data.names == expected
+
+
+def test_classes_may_be_links(tmp_path):
+    write(tmp_path, "pool/x/1.png", "pool/y/2.png")
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    for name in "xy":
+        (tmp_path / "set" / "train" / name).symlink_to(tmp_path / "pool" / name)
+    data = loader.load("folder", tmp_path / "set", "train")
+    assert data.names == ["train/x/1.png", "train/y/2.png"] and data.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("names", [("train/a/1.png", "train/b/2.png"), ("1.png", "train/b/2.png"),
+                                   ("train/a/1.png", "train/c/2.png", "val/b/2.png")])
+def test_a_folder_without_permission_is_named(names, tmp_path, monkeypatch):
+    write(tmp_path, *names)
+    scandir = os.scandir
+
+    def refuse(path):  # as for those who are not root
+        if str(path).rstrip("/").endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(loader.FileError, match="/b: this folder cannot be read .Permission denied"):
+        loader.load("folder", tmp_path, "train")
+
+
+def test_what_pillow_reads_is_an_image_and_other_files_are_counted(tmp_path):
+    read = ["a.gif", "b.jfif", "c.jpe", "d.jp2", "e.tga", "f.avif", "g.webp", "h.TIF"]
+    for name in ("x.txt", "y.txt", "z.csv", "raw", "v.mpg", "data.h5"):
+        (tmp_path / name).write_text("text")
+    data = folder(tmp_path, *read)
+    assert data.names == read and [data[i][0].shape for i in range(8)] == [(3, 4, 4)] * 8
+    assert said(data, "2 .txt", "1 .csv", "1 without", "1 .mpg", "1 .h5")
+
+
+def test_unknown_and_absent_classes_of_val_are_named(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/bb/1.png")
+    val = loader.load("folder", tmp_path, "val")
+    assert val.names == ["val/a/1.png"] and val.unknown_classes == ["bb"]
+    assert said(data, "left out: bb") and said(data, "no images of 1 classes: b")
+
+
+def test_a_flat_val_is_no_monitor(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "val/1.png", "val/2.png")
+    assert loader.load("folder", tmp_path, "val") is None and len(data) == 1
+    assert said(data, "val: not used, as it has no class folders", "2 images")
+
+
+def test_the_digest_tells_other_images_of_the_same_number(tmp_path):
+    first, again = (folder(tmp_path / root, "1.png", "2.png") for root in "xy")
+    other = folder(tmp_path / "z", "1.png", "3.png")
+    assert first.digest == again.digest != other.digest
+    arrays = [loader.Arrays(np.full((2, 4, 4), value, np.uint8), [0, 1]) for value in (0, 0, 1)]
+    assert arrays[0].digest == arrays[1].digest != arrays[2].digest
+
+
+# -------------------------------------------------------------------------------------- image files
 
 
 @pytest.mark.parametrize("mode, colour, rgb", [
-    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("RGB", (1, 2, 3), (1, 2, 3)), ("CMYK", (0, 0, 0, 255), (0, 0, 0)),
-    ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("RGBA", (200, 0, 0, 255), (200, 0, 0)), ("LA", (9, 0), (255, 255, 255)),
-    ("I;16", 77 * 257, (77, 77, 77)), ("I", 77 * 257, (77, 77, 77)), ("F", 77.2, (77, 77, 77))])
+    ("L", 77, (77, 77, 77)), ("1", 1, (255, 255, 255)), ("RGB", (1, 2, 3), (1, 2, 3)),
+    ("CMYK", (0, 0, 0, 255), (0, 0, 0)), ("RGBA", (200, 0, 0, 0), (255, 255, 255)),
+    ("RGBA", (200, 0, 0, 255), (200, 0, 0)), ("LA", (9, 0), (255, 255, 255)),
+    ("I;16", 77 * 257, (77, 77, 77)), ("I", 77 * 257, (77, 77, 77)), ("F", 0.4, (102, 102, 102))])
 def test_any_mode_becomes_rgb(mode, colour, rgb):
     image = loader.to_rgb(Image.new(mode, (3, 2), colour))
     assert image.mode == "RGB" and image.size == (3, 2) and image.getpixel((1, 1)) == rgb
 
 
-def test_a_transparent_palette_is_laid_over_white(tmp_path):
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    image.save(tmp_path / "x.png", transparency=0)
-    rgb = loader.to_rgb(Image.open(tmp_path / "x.png"))
-    assert [rgb.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (40, 50, 60)]
+def grey_file(root, name, values, dtype):
+    Image.fromarray(np.array([values], dtype)).save(root / name)
+    return loader.read_image(root / name)[0, 0].tolist()
 
 
-def test_an_unreadable_image_is_named(tmp_path):
-    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
-    with pytest.raises(OSError, match="broken.jpg: cannot be read as an image"):
-        loader.load("folder", tmp_path, "train")[0]
+@pytest.mark.parametrize("name, values, dtype, expected", [
+    ("x.png", [0, 257, 65535], np.uint16, [0, 1, 255]),
+    ("x.pgm", [0, 257, 65535], np.uint16, [0, 1, 255]),
+    ("x.tif", [0, 257, 65535], np.uint16, [0, 1, 255]),
+    ("x.tif", [0, 0.2, 1], np.float32, [0, 51, 255])])
+def test_depth_is_scaled_by_the_types_range(name, values, dtype, expected, tmp_path):
+    assert grey_file(tmp_path, name, values, dtype) == expected
 
 
-# ----------------------------------------------------------------------------- each operation against torchvision's, by image
+@pytest.mark.parametrize("values, dtype, words", [
+    ([0, 300, 70000], np.int32, "32-bit integers"), ([-5, 3, 4], np.int32, "signed"),
+    ([0, 0.5, 1.01], np.float32, "outside"), ([0, -0.1, 1], np.float32, "outside"),
+    ([0, np.nan, 1], np.float32, "NaN")])
+def test_a_depth_that_would_be_guessed_is_refused(values, dtype, words, tmp_path):
+    with pytest.raises(loader.FileError, match=f"x.tif: holds .*{words}.*convert"):
+        grey_file(tmp_path, "x.tif", values, dtype)
+
+
+def test_bits_scale_16_bit_files_that_use_fewer(tmp_path):
+    write(tmp_path, "8.png")
+    Image.fromarray(np.array([[0, 273, 4095]], np.uint16)).save(tmp_path / "12.png")
+    plain, scaled = (loader.load("folder", tmp_path, "train", bits=bits) for bits in (16, 12))
+    assert scaled[0][0][0].tolist() == [[0, 17, 255]] and scaled[1][0].max() == 0
+    assert said(plain, "use 12 bits", "4095", "--bits 12") and not said(scaled, "--bits")
+    Image.fromarray(np.array([[4096]], np.uint16)).save(tmp_path / "12.png")
+    with pytest.raises(loader.FileError, match="12.png: holds the value 4096.*--bits"):
+        scaled[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation, tmp_path):
+    image, exif = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)), Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(tmp_path / "x.png", exif=exif)
+    x = np.arange(6).reshape(2, 3)
+    expected = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.T, np.rot90(x, -1), x[::-1, ::-1].T,
+                np.rot90(x)]
+    assert (loader.read_image(tmp_path / "x.png")[0].numpy() == expected[orientation - 1]).all()
+
+
+def test_a_decompression_bomb_is_not_called_broken(tmp_path, monkeypatch):
+    write(tmp_path, "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 7)
+    words = "over 14 pixels.*shrink it.*MAX_IMAGE_PIXELS"
+    with pytest.raises(loader.FileError, match=words) as caught:
+        loader.read_image(tmp_path / "x.png")
+    assert "broken" not in str(caught.value) and "remove" not in str(caught.value)
+
+
+def test_all_broken_files_are_listed_at_once(tmp_path):
+    write(tmp_path, "ok.png", "deep/ok.jpg")
+    assert loader.main([str(tmp_path)]) == 0
+    for name in ("deep/1.jpg", "2.png"):
+        (tmp_path / name).write_bytes(b"no image")
+    Image.fromarray(photo(64, 64).permute(1, 2, 0).numpy()).save(tmp_path / "3.png")
+    (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:6000])  # cut short
+    done = script("loader.py", tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 1 and len(lines) == 3, done.stderr
+    for line, name in zip(sorted(lines), ("2.png", "3.png", "deep/1.jpg")):
+        assert line.startswith(f"{tmp_path / name}: cannot be read as an image")
+
+
+# --------------------------------------------------- each operation against torchvision's, by image
 
 
 def photo(height=48, width=48, seed=0):
-    return torch.randint(0, 256, (3, height, width), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
 
 
 def images(n=8, size=48):
@@ -96,14 +353,16 @@ FACTORS = torch.tensor([0.6, 1.4, 1.0, 0.83, 1.17, 0.7, 1.3, 0.95])
 
 
 @pytest.mark.parametrize("operation, reference", [
-    (0, functional.adjust_brightness), (1, functional.adjust_contrast), (2, functional.adjust_saturation)])
+    (0, functional.adjust_brightness), (1, functional.adjust_contrast),
+    (2, functional.adjust_saturation)])
 def test_blend_is_torchvisions_for_each_image(operation, reference):
     x = images()
     factors = torch.full((8, 3), 9.0)
     factors[:, operation] = FACTORS
     out = loader._blend(x, torch.full((8,), operation), factors, torch.arange(8) != 7)
     for i in range(7):
-        torch.testing.assert_close(out[i], reference(x[i], FACTORS[i].item()), atol=2e-4, rtol=0)  # its luma has 4 digits
+        expected = reference(x[i], FACTORS[i].item())  # its luma has 4 digits
+        torch.testing.assert_close(out[i], expected, atol=2e-4, rtol=0)
     assert torch.equal(out[7], x[7])  # not its turn
 
 
@@ -113,7 +372,8 @@ def test_hue_is_torchvisions_for_each_image():
     shift = torch.tensor([-0.4, -0.1, 0.0, 0.1, 0.4, 0.25, 0.3, -0.5])
     out = loader.shift_hue(x, shift)
     for i in range(8):
-        torch.testing.assert_close(out[i], functional.adjust_hue(x[i], shift[i].item()), atol=1e-5, rtol=0)
+        expected = functional.adjust_hue(x[i], shift[i].item())
+        torch.testing.assert_close(out[i], expected, atol=1e-5, rtol=0)
 
 
 def test_grey_is_torchvisions():
@@ -127,8 +387,10 @@ def test_blur_is_a_gaussian_with_the_edge_repeated_and_near_pils():
     out = loader.blur(x, sigma)
     for i, s in enumerate(sigma.tolist()):
         padded = torch.nn.functional.pad(x[i:i + 1], [8] * 4, mode="replicate")[0]
-        torch.testing.assert_close(out[i], functional.gaussian_blur(padded, 17, s)[:, 8:-8, 8:-8], atol=1e-5, rtol=0)
-        smooth = functional.to_pil_image(functional.gaussian_blur(x[i], 9, 1.5))  # a photograph has no white noise
+        expected = functional.gaussian_blur(padded, 17, s)[:, 8:-8, 8:-8]
+        torch.testing.assert_close(out[i], expected, atol=1e-6, rtol=0)
+        # a photograph has no white noise
+        smooth = functional.to_pil_image(functional.gaussian_blur(x[i], 9, 1.5))
         ours = loader.blur(functional.to_tensor(smooth)[None], sigma[i:i + 1])[0]
         pils = functional.to_tensor(smooth.filter(ImageFilter.GaussianBlur(s)))
         assert (ours - pils).abs().max() < 4 / 255
@@ -143,10 +405,13 @@ def test_jitter_is_torchvisions_operations_in_every_order(hue):
     x, u = images(64, 12), draws(64)
     out, orders = loader.Augment("v2", 12, loader.IMAGENET_STATISTICS).jitter(x, u, hue), set()
     for i in range(64):
-        brightness, contrast, saturation, shift = (0.6 + 0.8 * u[i, 5:8]).tolist() + [hue * (2 * u[i, 8].item() - 1)]
-        steps = [lambda y: functional.adjust_brightness(y, brightness), lambda y: functional.adjust_contrast(y, contrast),
-                 lambda y: functional.adjust_saturation(y, saturation), lambda y: functional.adjust_hue(y, shift)]
-        expected, order = x[i], u[i, 9:13].argsort().tolist()
+        brightness, contrast, saturation = (0.6 + 0.8 * u[i, 5:8]).tolist()
+        shift = hue * (2 * u[i, 8].item() - 1)
+        steps = [lambda y: functional.adjust_brightness(y, brightness),
+                 lambda y: functional.adjust_contrast(y, contrast),
+                 lambda y: functional.adjust_saturation(y, saturation),
+                 lambda y: functional.adjust_hue(y, shift)]
+        expected, order = x[i], u[i, loader.ORDER].argsort().tolist()
         for step in order:
             expected = steps[step](expected)
         torch.testing.assert_close(out[i], expected, atol=2e-3, rtol=0)
@@ -154,10 +419,11 @@ def test_jitter_is_torchvisions_operations_in_every_order(hue):
     assert len(orders) > 18  # of 24
 
 
-@pytest.mark.parametrize("aug, size, shares", [("v1", 64, (1, 0.2, 0, 0.5)), ("v2", 32, (0.8, 0.2, 0, 0.5)),
-                                               ("v2", 64, (0.8, 0.2, 0.5, 0.5)), ("crop", 32, (0, 0, 0, 0.5))])
+@pytest.mark.parametrize("aug, size, shares", [
+    ("v1", 64, (1, 0.2, 0, 0.5)), ("v2", 32, (0.8, 0.2, 0, 0.5)),
+    ("v2", 64, (0.8, 0.2, 0.5, 0.5)), ("crop", 32, (0, 0, 0, 0.5))])
 def test_mocos_probabilities(aug, size, shares, monkeypatch):
-    """Each operation is replaced by one that adds a power of two, so that the sum tells which were applied."""
+    """Each operation is replaced by one that adds a power of two: the sum tells which were done."""
     monkeypatch.setattr(loader.Augment, "jitter", lambda self, x, u, hue: x + 1)
     monkeypatch.setattr(loader, "grey", lambda x: x + 2)
     monkeypatch.setattr(loader, "blur", lambda x, sigma: x + 4)
@@ -165,7 +431,8 @@ def test_mocos_probabilities(aug, size, shares, monkeypatch):
     mirrored[..., 0] = 8
     out = loader.Augment(aug, size, ((0, 0, 0), (1, 1, 1)))(mirrored, draws(2000))
     applied = out.amax((1, 2, 3)).int() - 8
-    found = [(applied & bit > 0).double().mean().item() for bit in (1, 2, 4)] + [(out[:, 0, 0, -1] >= 8).double().mean().item()]
+    found = [(applied & bit > 0).double().mean().item() for bit in (1, 2, 4)]
+    found.append((out[:, 0, 0, -1] >= 8).double().mean().item())
     assert found == pytest.approx(shares, abs=0.035)  # 3 standard deviations
 
 
@@ -173,27 +440,50 @@ def test_random_boxes_are_distributed_as_torchvisions():
     u = torch.rand(4000, 10, 4, generator=torch.Generator().manual_seed(0))
     ours = loader.random_boxes(u, 40, 60, 0.2)
     torch.manual_seed(0)
-    theirs = torch.tensor([RandomResizedCrop.get_params(photo(40, 60), (0.2, 1), (3 / 4, 4 / 3)) for _ in range(4000)])
+    theirs = torch.tensor([RandomResizedCrop.get_params(photo(40, 60), (0.2, 1), (3 / 4, 4 / 3))
+                           for _ in range(4000)])
     assert ((ours == ours.round()) & (ours >= 0)).all()
     assert (ours[:, 0] + ours[:, 2]).max() == 40 and (ours[:, 1] + ours[:, 3]).max() == 60
     for column in range(4):
         a, b = ours[:, column].sort().values, theirs[:, column].float().sort().values
-        assert (a - b).abs().mean() < 0.6, column  # the distance between the two distributions, in pixels
+        assert (a - b).abs().mean() < 0.6, column  # pixels between the two distributions
 
 
 def test_a_box_that_never_fits_is_the_whole_image():
-    assert loader.random_boxes(torch.ones(1, 10, 4) * 0.99, 10, 1000, 0.9).tolist() == [[0, 0, 10, 1000]]
+    boxes = loader.random_boxes(torch.ones(1, 10, 4) * 0.99, 10, 1000, 0.9)
+    assert boxes.tolist() == [[0, 0, 10, 1000]]
 
 
 @pytest.mark.parametrize("size", [8, 20, 33])
 def test_resample_is_pils_bilinear_of_each_box(size):
     x = torch.stack([photo(40, 30, seed) for seed in range(5)])
-    boxes = torch.tensor([[0, 0, 40, 30], [5, 3, 9, 11], [0, 7, 33, 12], [30, 20, 10, 10], [1, 1, 8, 20]])
+    boxes = torch.tensor([[0, 0, 40, 30], [5, 3, 9, 11], [0, 7, 33, 12], [30, 20, 10, 10],
+                          [1, 1, 8, 20]])
     out = loader.resample(x, boxes.float(), size)
     for i, (top, left, height, width) in enumerate(boxes.tolist()):
-        crop = Image.fromarray(x[i].permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
+        image = Image.fromarray(x[i].permute(1, 2, 0).numpy())
+        crop = image.crop((left, top, left + width, top + height))
         expected = functional.to_tensor(crop.resize((size, size), Image.BILINEAR))
-        torch.testing.assert_close(out[i], expected, atol=1.1 / 255, rtol=0)  # PIL rounds twice to 8 bits
+        # PIL rounds twice to 8 bits
+        torch.testing.assert_close(out[i], expected, atol=1.1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("aug", ["v1", "v2", "crop"])
+@pytest.mark.parametrize("n, size", [(20, 64), (3, 224), (50, 16)])
+def test_a_cpu_that_chooses_images_has_the_values_of_all_at_once(aug, n, size, monkeypatch):
+    augment = loader.Augment(aug, size, loader.IMAGENET_STATISTICS)
+    x = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8)
+    chosen = augment(x, draws(n))
+    monkeypatch.setattr(loader, "_all_at_once", lambda x: True)
+    torch.testing.assert_close(chosen, augment(x, draws(n)), atol=1e-5, rtol=0)
+
+
+def test_a_cpu_jitters_and_blurs_only_the_images_that_are_chosen(monkeypatch):
+    blurred = []
+    monkeypatch.setattr(loader, "blur", lambda x, sigma: blurred.append(len(x)) or x)
+    u = draws(40)
+    loader.Augment("v2", 64, loader.IMAGENET_STATISTICS)(torch.rand(40, 3, 64, 64), u)
+    assert sum(blurred) == (u[:, loader.BLUR] < 0.5).sum() and max(blurred) <= 16
 
 
 def test_the_augmentation_is_one_graph():
@@ -208,30 +498,59 @@ def test_evaluation_of_a_file_is_its_resized_centre(tmp_path):
     data = loader.load("folder", tmp_path, "train")
     (x, labels), = loader.evaluation(data, 224, "cpu", batch_size=4)
     resized = functional.resize(Image.open(tmp_path / "x.png"), 256)
-    expected = functional.normalize(functional.to_tensor(functional.center_crop(resized, 224)), *data.statistics)
+    centre = functional.to_tensor(functional.center_crop(resized, 224))
+    expected = functional.normalize(centre, *data.statistics)
     assert (x[0] - expected).abs().max() < 1.1 / 255 / 0.224 and labels.tolist() == [-1]
 
 
+@pytest.mark.parametrize("height, width", [(1, 60_000), (60_000, 1), (2, 9001)])
+def test_evaluation_of_a_thin_image_is_its_centre_in_little_memory(height, width):
+    x = torch.full((3, height, width), 255, dtype=torch.uint8)
+    middle = slice(max(height, width) // 2 - 5, max(height, width) // 2 + 5)
+    (x[:, middle] if height > width else x[:, :, middle]).fill_(7)
+    crops = loader.CentreCrops([(x, 5)], 224, 256)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    crop, label = crops[0]
+    assert crop.shape == (3, 224, 224) and label == 5 and (crop == 7).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
+
+
+@pytest.mark.parametrize("kind", ["memory", "file"])
+def test_evaluation_of_small_images_is_the_whole_centre_square(kind, tmp_path):
+    image = photo(32, 40).permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(tmp_path / "x.png")
+    data = loader.load("folder", tmp_path, "train")
+    if kind == "memory":
+        data = loader.Arrays(image[None], [0])
+    (x, _), = loader.evaluation(data, 32, "cpu", 1)
+    expected = functional.normalize(photo(32, 40)[:, :, 4:-4] / 255, *data.statistics)
+    torch.testing.assert_close(x[0], expected, atol=1e-5, rtol=0)
+
+
 def test_evaluation_in_memory_is_the_resized_centre():
-    data = loader.Arrays(torch.stack([photo(64, 64, seed) for seed in range(3)]).permute(0, 2, 3, 1).numpy(), [0, 1, 2])
-    (x, _), (last, labels) = loader.evaluation(data, 56, "cpu", batch_size=2)
-    image = data.images[2].float() / 255  # 256/224 of 56 is 64: the middle 56 pixels as they are
-    torch.testing.assert_close(last[0], functional.normalize(image[:, 4:-4, 4:-4], *data.statistics), atol=1e-5, rtol=0)
+    photos = torch.stack([photo(128, 128, seed) for seed in range(3)])
+    data = loader.Arrays(photos.permute(0, 2, 3, 1).numpy(), [0, 1, 2])
+    (x, _), (last, labels) = loader.evaluation(data, 112, "cpu", batch_size=2)
+    image = data.images[2].float() / 255  # 256/224 of 112 is 128: the middle 112 pixels as they are
+    expected = functional.normalize(image[:, 8:-8, 8:-8], *data.statistics)
+    torch.testing.assert_close(last[0], expected, atol=1e-5, rtol=0)
     assert len(x) == 2 and labels.tolist() == [2]
 
 
-# ------------------------------------------------------------------------------------------------- keyed random numbers
+# ----------------------------------------------------------------------------- keyed random numbers
 
 
-def views(data, seed=0, epoch=2, workers=0, **place):
+def views(data, seed=0, epoch=2, start=0, workers=0, **place):
     batches = loader.Batches(len(data), 8, seed, **place)
-    batches.epoch = epoch
-    return loader.Views(data, batches, loader.Augment("v2", 16, data.statistics), "cpu", workers=workers)
+    augment = loader.Augment("v2", 16, data.statistics)
+    return loader.Views(data, batches, augment, "cpu", workers=workers).epoch(epoch, start)
 
 
 @pytest.fixture(params=["memory", "files"])
 def data(request, image_folder):
-    return loader.load("folder", image_folder, "train") if request.param == "files" else loader.load("digits", None, "val")
+    if request.param == "files":
+        return loader.load("folder", image_folder, "train")
+    return loader.load("digits", None, "val")
 
 
 def test_views_depend_on_seed_and_epoch_alone(data):
@@ -247,16 +566,21 @@ def test_views_depend_on_seed_and_epoch_alone(data):
 
 
 def test_views_are_of_the_images_that_they_name(data, monkeypatch):
+    """Whole images, without augmentation, are compared pixel by pixel."""
+    def whole(u, height, width, min_scale):
+        return torch.tensor([0.0, 0.0, height, width]).expand(len(u), 4)
     monkeypatch.setattr(loader.Augment, "forward", lambda self, x, u: x * 1.0)
-    batches = views(data)
-    batches.min_scale = 1.0
-    if not isinstance(data, loader.Arrays):
-        monkeypatch.setattr(RandomResizedCrop, "get_params", lambda image, *_: (0, 0, *image.shape[1:]))
-    _, im_k, index, _ = next(iter(batches))
-    for i in range(8):
-        image = data.images[index[i]].expand(3, -1, -1) if isinstance(data, loader.Arrays) else data[index[i]][0]
-        expected = functional.resize(image, [16, 16], antialias=True).float().mean()
-        assert abs(im_k[i].mean() * (255 if isinstance(data, loader.Arrays) else 1) - expected) < 12
+    monkeypatch.setattr(loader, "random_boxes", whole)
+    monkeypatch.setattr(RandomResizedCrop, "get_params", lambda image, *_: (0, 0, *image.shape[1:]))
+    for _, im_k, index, labels in views(data):
+        assert torch.equal(labels, data.labels[index])
+        for i in range(8):
+            if hasattr(data, "images"):
+                image, im_k[i] = data.images[index[i]].expand(3, -1, -1), 255 * im_k[i]
+            else:
+                image = data[index[i]][0]
+            expected = functional.resize(image, [16, 16], antialias=True)
+            assert (im_k[i] - expected).abs().max() < 1.5
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -274,18 +598,61 @@ def test_processes_share_out_the_views_of_the_global_batch(data):
     assert torch.equal(parts[0][2], whole[2]) and torch.equal(parts[1][2], whole[2])
 
 
-def test_an_epoch_goes_on_at_its_step(data):
-    batches = views(data)
-    whole = list(batches)
-    batches.batches.start = 4
-    rest = list(batches)
-    assert len(batches.batches) == len(rest) == len(whole) - 4
-    assert all(torch.equal(x, y) for a, b in zip(rest, whole[4:], strict=True) for x, y in zip(a, b))
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_goes_on_at_its_step(data, workers):
+    whole, rest = list(views(data)), list(views(data, start=4, workers=workers))
+    assert len(rest) == len(whole) - 4 > 0
+    for a, b in zip(rest, whole[4:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def test_kept_workers_serve_one_epoch_after_another(image_folder):
+    data = loader.load("folder", image_folder, "train")
+    batches = loader.Batches(len(data), 8, 0)
+    kept = loader.Views(data, batches, loader.Augment("v2", 16, data.statistics), "cpu", workers=1)
+    for epoch, start in ((2, 3), (3, 0), (2, 0)):
+        again = list(kept.epoch(epoch, start))
+        assert len(batches) == 7 and len(again) == 7 - start
+        for a, b in zip(again, views(data, epoch=epoch, start=start), strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
 def test_batches_hold_each_image_at_most_once_and_drop_an_incomplete_one():
-    whole = [index.tolist() for _, index in loader.Batches(23, 6, seed=0).whole()]
+    batches = loader.Batches(23, 6, seed=0)
+    whole = [index.tolist() for _, index in batches.whole(epoch=1)]
     assert [len(batch) for batch in whole] == [6] * 3 and len(set(sum(whole, []))) == 18
+    assert len(batches) == 3
+
+
+class Own:
+    """A fork's data set that is not in memory."""
+    labels, num_classes, statistics = torch.arange(8), 8, loader.IMAGENET_STATISTICS
+    digest, notes = "own", ()
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, i):
+        return photo(20, 24, i), int(self.labels[i])
+
+
+def test_a_data_set_of_ones_own_has_views_and_evaluation():
+    (_, _, index, labels), = views(Own())
+    assert torch.equal(index, labels) and sorted(labels.tolist()) == list(range(8))
+    batches = list(loader.evaluation(Own(), 16, "cpu", 5))
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(8))
+
+
+@pytest.mark.parametrize("name", ["labels", "num_classes", "statistics", "digest", "notes",
+                                  "__getitem__"])
+def test_what_a_data_set_lacks_is_named(name):
+    lacking = {key: value for key, value in vars(Own).items() if key != name}
+    data = type("Lacking", (), lacking)()
+    augment = loader.Augment("v2", 16, Own.statistics)
+    with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
+        loader.Views(data, loader.Batches(8, 8, 0), augment, "cpu")
+    with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
+        next(loader.evaluation(data, 16, "cpu", 5))
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 12, 13])
