@@ -1173,7 +1173,7 @@ class Log:
             self.board = SummaryWriter(args.output, purge_step=done + 1 if done else 0)
         except OSError as error:
             raise FileError(f"{self.path}: cannot be written ({error.strerror})") from None
-        if not self.file.tell():
+        if not self.file.seek(0, os.SEEK_END):
             self.write(dict(flags=plain(args)))
 
     def write(self, record):

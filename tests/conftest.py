@@ -1,32 +1,191 @@
-"""Runs use a small network on real images: scikit-learn's digits, or files that the tests write from them."""
+"""Set-up of all tests. Runs use a small network on scikit-learn's digits: all of them, a few
+hundred in files like Fashion-MNIST's, or a folder of image files."""
+import contextlib
+import functools
+import gzip
+import io
 import json
+import multiprocessing
 import os
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second one slows small networks down
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
+import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import losses
+
 REPO = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--arch", "shufflenet_v2_x0_5"]
+TORCHRUN = sys.executable, "-m", "torch.distributed.run"
+
+
+# ------------------------------------------------------------------------------------- processes
+
+
+@functools.cache
+def fork_server():
+    """A process without threads that has imported all that runs need, and forks in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conftest", "pretrain", "lincls", "faiss", "PIL.Image",
+                                    "sklearn.model_selection", "torch.utils.tensorboard"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{Path(__file__).parent}")
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+def in_processes(function, world_size, *args):
+    """function(rank, world_size, *args) in so many processes; an error of one is an error here."""
+    fork_server()
+    torch.multiprocessing.start_processes(function, (world_size, *args), world_size,
+                                          start_method="forkserver")
+
+
+def forked(script, argv, patch, said):
+    """What a process that Running has forked does: as `python SCRIPT ARGV`, after `patch`."""
+    os.setsid()
+    os.chdir(REPO)
+    for number in (1, 2):
+        os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
+    torch.set_num_threads(1)
+    import builder
+    import pretrain
+    start = torch.multiprocessing.start_processes
+    pretrain.mp.start_processes = functools.partial(start, start_method="fork")  # as fast
+    main = __import__(script.removesuffix(".py")).main
+    sys.argv = [script, *argv]
+    exec(patch, dict(os=os, signal=signal, sys=sys, time=time, builder=builder, pretrain=pretrain))
+    main()
+
+
+class Running:
+    """A script in the background, in a session of its own, with what it says in a file.
+
+    patch: Python that is run in it before its main. launcher: a command to start it by, in place of
+    a fork.
+    """
+
+    def __init__(self, output, flags, patch="", launcher=None, script="pretrain.py", env=()):
+        self.output, self.said = output, output.with_suffix(".said")
+        output.parent.mkdir(exist_ok=True)
+        argv = [*map(str, flags), "--output", str(output)]
+        with open(self.said, "a") as said:
+            if launcher is None:
+                self.process = fork_server().Process(target=forked,
+                                                     args=(script, argv, patch, self.said))
+                self.process.start()
+            else:
+                self.process = subprocess.Popen(
+                    [*launcher, script, *argv], cwd=REPO, stdout=said, stderr=said,
+                    start_new_session=True, env=os.environ | {"PAUC_TEST": output} | dict(env))
+        self.pid = self.process.pid
+
+    def status(self):
+        """None while it runs."""
+        forked = hasattr(self.process, "exitcode")
+        return self.process.exitcode if forked else self.process.poll()
+
+    def until(self, condition, seconds=120):
+        """Wait for what must come before the run ends."""
+        end = time.time() + seconds
+        while not condition():
+            assert self.status() is None and time.time() < end, self.text()
+            time.sleep(0.02)
+
+    def steps(self, count):
+        log = self.output / "log.jsonl"
+        self.until(lambda: log.exists() and any(line["step"] >= count for line in read_log(log)))
+
+    def signal(self, number):
+        os.kill(self.pid, number)
+
+    def end(self, seconds=90):
+        """Wait for the end: the exit status, and what was said."""
+        end = time.time() + seconds
+        while self.status() is None:
+            assert time.time() < end, self.text()
+            time.sleep(0.02)
+        return self.status(), self.text()
+
+    def text(self):
+        return self.said.read_text()
+
+    def descendants(self):
+        return descendants(self.pid)
+
+    def kill(self):
+        """This process and all that it has led to, also where they have sessions of their own."""
+        mark = f"PAUC_TEST={self.output}\0".encode()
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                pid = int(folder.name)
+                if os.getsid(pid) == self.pid or mark in (folder / "environ").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+        self.end()
 
 
 @pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
+def start():
+    """start(...) is Running(...) that does not outlive the test."""
+    started = []
+
+    def one(*args, **options):
+        started.append(Running(*args, **options))
+        return started[-1]
+    yield one
+    for run in started:
+        run.kill()
+
+
+@pytest.fixture
+def free_port():
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def script(*argv, launcher=(sys.executable,), timeout=300, cwd=REPO, **environment):
+    """Run a script as a user does: the finished process, with its output as text."""
+    process = subprocess.Popen([*launcher, *map(str, argv)], cwd=cwd, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True, env=os.environ | environment)
+    try:
+        out, errors = process.communicate(timeout=timeout)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # there is nothing left
+            os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+
+
+def here(main, *argv):
+    """Call a script's main in this process, without pytest's fixtures: what it says."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        try:
+            main([str(arg) for arg in argv])
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return said.getvalue()
 
 
 @pytest.fixture
 def call(capsys):
-    """Call a script's main in this process: returns (exit status, standard output, standard error)."""
+    """Call a script's main in this process: (exit status, standard output, standard error)."""
     def run(main, *argv):
         capsys.readouterr()
         status = 0
@@ -41,23 +200,60 @@ def call(capsys):
     return run
 
 
-def script(*argv, launcher=(sys.executable,), timeout=300, **environment):
-    """Run a script as a user does: the finished process, with its output as text."""
-    return subprocess.run([*launcher, *map(str, argv)], cwd=REPO, capture_output=True, text=True, timeout=timeout,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | environment)  # a second one slows small networks down
-
-
 def descendants(pid):
-    children = [int(child) for task in Path(f"/proc/{pid}/task").glob("*") for child in (task / "children").read_text().split()]
-    return children + [below for child in children for below in descendants(child)]
+    found = []
+    with contextlib.suppress(OSError):  # it has ended
+        for task in Path(f"/proc/{pid}/task").glob("*"):
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found + [below for child in found for below in descendants(child)]
 
 
-def read_log(output):
-    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+def gone(pids, seconds=30):
+    """All of these processes end by themselves."""
+    def runs(pid):
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    end = time.time() + seconds
+    while any(map(runs, pids)):
+        assert time.time() < end, "a process was left behind"
+        time.sleep(0.05)
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def torch_settings():
+    torch.set_num_threads(1)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+# ----------------------------------------------------------------------------- what runs leave
+
+
+def read_log(path):
+    """The reports in the log of an output folder: all lines but the one that holds the flags, and
+    one that is not whole yet."""
+    path = path / "log.jsonl" if path.is_dir() else path
+    lines = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if "flags" not in record]
 
 
 def untimed(log):
-    return [{name: value for name, value in line.items() if "second" not in name and name != "images_per_s"} for line in log]
+    return [{name: value for name, value in line.items()
+             if "second" not in name and name != "images_per_s"} for line in log]
+
+
+def read_checkpoint(path):
+    path = path / "checkpoint.pth" if path.is_dir() else path
+    return torch.load(path, weights_only=True)
 
 
 def assert_same(a, b, path=""):
@@ -76,34 +272,88 @@ def assert_same(a, b, path=""):
         assert a == b, path
 
 
-def same_ending(a, b):
-    a, b = (torch.load(output / "checkpoint.pth", weights_only=True) for output in (a, b))
-    for name in ("state_dict", "optimizer", "epoch", "step", "num_images"):
+def same_ending(a, b, names=("state_dict", "optimizer", "epoch", "step", "digest")):
+    a, b = read_checkpoint(a), read_checkpoint(b)
+    for name in names:
         assert_same(a[name], b[name], name)
+
+
+# ------------------------------------------------------------------------------------------ data
+
+
+@functools.cache
+def digits():
+    """Images (n, 8, 8) uint8 and their labels."""
+    images, labels = load_digits(return_X_y=True)
+    return (images.reshape(-1, 8, 8) * 15).astype(np.uint8), labels.astype(np.uint8)
+
+
+def write_fashion_mnist(root, train, val):
+    """Images (n, H, W) uint8 and labels (n,) of two sets, in files like Fashion-MNIST's."""
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split, (images, labels) in (("train", train), ("t10k", val)):
+        for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
+            header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
+            data = gzip.compress(header + values.tobytes(), 1)
+            (raw / f"{split}-{kind}-ubyte.gz").write_bytes(data)
+    return root
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """Flags of a run on 352 digits, 11 steps an epoch, with 48 for the monitor."""
+    images, labels = digits()
+    images = np.pad(images.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))  # 28 x 28
+    root = write_fashion_mnist(tmp_path_factory.mktemp("few"), (images[:352], labels[:352]),
+                               (images[352:400], labels[352:400]))
+    return [root, "--dataset", "fashionmnist", *SMALL, "--crop-size", 8, "--batch-size", 32,
+            "--warmup-epochs", 1, "--print-every", 3, "--num-clusters", 20, 40, "--lr", 0.01]
+
+
+def write_image_folder(root, train, val):
+    """So many digits of each split as PNG files in two classes."""
+    images, labels = digits()
+    for split, rows in (("train", range(train)), ("val", range(train, train + val))):
+        for i in rows:
+            folder = root / split / ("odd" if labels[i] % 2 else "even")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i]).resize((20 + i % 7, 20 + i % 5)).save(folder / f"{i}.png")
+    return root
 
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory):
-    """60 training and 20 validation images in two classes: JPEG and PNG, of several sizes and modes."""
-    root = tmp_path_factory.mktemp("images")
-    images, labels = load_digits(return_X_y=True)
+    """60 training and 20 validation images in two classes: JPEG and PNG, of several sizes and
+    modes."""
+    root = write_image_folder(tmp_path_factory.mktemp("images"), 60, 20)
     modes = ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"]
-    for split, rows in (("train", range(60)), ("val", range(60, 80))):
-        for i in rows:
-            folder = root / split / ("even" if labels[i] % 2 == 0 else "odd")
-            folder.mkdir(parents=True, exist_ok=True)
-            image = Image.fromarray((images[i].reshape(8, 8) * 15).astype(np.uint8)).resize((20 + i % 7, 20 + i % 5))
-            mode = modes[i % len(modes)]
-            if mode == "I;16":
-                image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-            else:
-                image = image.convert(mode)
-            image.save(folder / f"{i}.{'jpg' if mode in ('L', 'RGB', 'CMYK') else 'png'}")
+    for path in sorted(root.rglob("*.png")):
+        mode, image = modes[int(path.stem) % len(modes)], Image.open(path)
+        if mode == "I;16":
+            image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
+        else:
+            image = image.convert(mode)
+        if mode in ("L", "RGB", "CMYK"):
+            path.unlink()
+            path = path.with_suffix(".jpg")
+        image.save(path)
     return root
 
 
-@pytest.fixture(autouse=True)
-def torch_settings():
-    torch.set_num_threads(1)
-    yield
-    torch.set_default_dtype(torch.float32)
+# --------------------------------------------------------------------------------------- tensors
+
+
+def unit(*shape, seed=0):
+    """Rows of length 1, in float64."""
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return F.normalize(x, dim=-1)
+
+
+def clusterings(images, dim, *sizes, seed=0):
+    """Random ones of so many images, in float64, with the `sizes` of their prototypes."""
+    random = torch.Generator().manual_seed(seed)
+    return [losses.Clustering(torch.randint(0, size, (images,), generator=random),
+                              unit(size, dim, seed=seed + size),
+                              0.1 + torch.rand(size, generator=random).double())
+            for size in sizes]

@@ -1,27 +1,31 @@
-"""The study: methods, weights and seeds on Fashion-MNIST, by pretrain.py's and lincls.py's own functions.
+"""The study: methods, forms of the terms, weights and seeds, by the project's own functions.
 
-    python tests/study.py --data DIR --grid main --seeds 5 --jobs 4                      # ResNet-18 at 28 px, one GPU
-    python tests/study.py --data DIR --grid main --seeds 5 --jobs 2 --images 5000 --crop-size 8 --amp bf16 --epochs 10 \
-        --warmup-epochs 2 --batch-size 64 --queue-size 1024 --min-scale 0.6 --no-flip --lr 0.01 --temperature 0.1    # two cores
-    python tests/study.py THE SAME --grid main --test                                    # once, when every choice is made
-    python tests/study.py --plot                                                         # img/*.png of what OUTPUT holds
+    python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 4 s a run on a core
+    python tests/study.py --data DIR --grid main --seeds 5 --jobs 4 # ResNet-18 at 28 px, one GPU
+    python tests/study.py --data DIR --grid main few --seeds 5 --jobs 2 --images 5000 \
+        --crop-size 8 --amp bf16 --epochs 10 --warmup-epochs 2 --batch-size 64 --queue-size 1024 \
+        --min-scale 0.6 --no-flip --lr 0.01 --temperature 0.1       # two cores
+    python tests/study.py THE SAME --test                           # once, when all is chosen
+    python tests/study.py --plot                                    # img/*.png of what OUTPUT holds
+    python tests/study.py --quick                                   # does it work?
 
-DIR holds FashionMNIST/raw/*.gz. Grids: main, terms, weights, constants, variants, scale. A flag that is not in --help here
-goes to pretrain.py. A tenth of the training images is held out; every figure and choice is on it. The test set is read by
---test alone, with the last epoch's weights.
+DIR holds FashionMNIST/raw/*.gz. A flag that is not in --help here goes to pretrain.py. A tenth of
+the training images is held out; every figure and choice is on it. The test set is read by --test
+alone, with the last epoch's weights.
 
-OUTPUT/runs.jsonl has one line a run, OUTPUT/table.md the means over the first --seeds seeds. What is there is skipped, a
-run that was cut short goes on, and with other --probe flags only the probes are made again. OUTPUT/RUN/run.txt is what a
+OUTPUT/images.jsonl and hierarchy.jsonl have one line a run, *.md the means over the first --seeds
+seeds. What is there is skipped, and a run that was cut short goes on. OUTPUT/RUN/run.txt is what a
 run printed.
 
-The coagulation figures are measured after the last epoch, the same for every method: momentum encoder, training images,
-k-means with the same sizes; where one value is given it is the mean over the sizes. A run's curve is from its log, with the
-sizes that it trained with, and MoCo's from numbered checkpoints.
+MoCo is trained with prototypes of weight 0: so its curve of coagulation is in its log like others'.
+The coagulation figures of a table are measured after the last epoch, the same for every method:
+momentum encoder, training images, k-means with the same sizes, the mean over the sizes. Few labels:
+logistic regression on the frozen backbone, the mean of 5 draws of 2 or 10 labels a class.
 """
 import argparse
-import contextlib
-import io
+import copy
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -29,15 +33,18 @@ import signal
 import statistics
 import sys
 import time
-from multiprocessing.connection import wait
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # each run has one core; before torch and faiss read it
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each run has one core; before torch reads it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import adjusted_mutual_info_score  # noqa: E402
+from torch import nn  # noqa: E402
 
 import builder  # noqa: E402
 import lincls  # noqa: E402
@@ -45,250 +52,387 @@ import loader  # noqa: E402
 import losses  # noqa: E402
 import pretrain  # noqa: E402
 
-TRAIN = 54_000  # nine tenths of Fashion-MNIST's training images
 COAGULATION = "diversity", "effective_rank", "separation", "balance"
-FIGURES = "knn", "linear", "test_knn", "test_linear", "diversity", "effective_rank", "ami"  # in the table
-TITLES = "kNN", "linear", "test kNN", "test linear", "diversity", "effective rank", "AMI"
-DIGITS = dict(knn=2, linear=2, test_knn=2, test_linear=2, diversity=3, effective_rank=1, ami=3)
-read, prototype_terms, pauc = loader.load, pretrain.prototype_terms, pretrain.pauc  # the project's own
+TITLES = dict(linear="linear", knn="kNN", linear_10="10 labels", linear_2="2 labels",
+              test_linear="test linear", test_knn="test kNN", test_linear_10="test 10 labels",
+              test_linear_2="test 2 labels", ami="AMI", diversity="diversity",
+              effective_rank="effective rank")  # the columns of a table
+DIGITS = dict(ami=3, diversity=3)  # of the others 1, of their differences 2
+QUICK = "MoCo", "MoCo + uniformity", "PCL, P = 5", "PAUC, P = 5", "PAUC"
+read, pauc = loader.load, pretrain.pauc  # the project's own
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC's study", allow_abbrev=False)
     add = parser.add_argument
     add("--data", default="data", metavar="DIR", help="holds FashionMNIST/raw/*.gz")
-    add("--grid", nargs="+", choices=methods([]), default=["main"])
+    add("--grid", nargs="+", choices=grids(), default=["main"])
     add("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     add("--jobs", type=int, default=1, help="runs at once, all on one device")
-    add("--images", type=int, default=TRAIN, help="training images")
+    add("--images", type=int, default=54_000, help="training images")
     add("--val-images", type=int, default=4000, help="held-out images")
-    add("--num-clusters", type=int, nargs="+", metavar="P", help="of PCL and PAUC, and for measuring (default: pretrain's)")
-    add("--curve-every", type=int, metavar="EPOCHS", help="of MoCo's curve (default: a tenth of the epochs)")
-    add("--probe-lr", type=float, default=0.03, help="chosen once on the held-out images, the same for every method")
+    add("--num-clusters", type=int, nargs="+", metavar="P",
+        help="of PCL and PAUC, and for measuring (default: pretrain's)")
+    add("--steps", type=int, default=600, help="of a run on the hierarchy")
+    add("--probe-lr", type=float, default=0.03, help="chosen once on the held-out images")
     add("--probe-epochs", type=int, default=10)
     add("--probe-batch", type=int, default=256)
     add("--test", action="store_true", help="read the test set")
     add("--output", type=Path, default=Path("study"))
     add("--plot", action="store_true", help="only draw what OUTPUT holds")
     add("--img", type=Path, default=Path("img"), help="where --plot puts its files")
+    add("--quick", action="store_true", help="a few tiny runs of each kind")
     args, args.flags = parser.parse_known_args(argv)
-    args.images = min(args.images, TRAIN)
-    args.num_clusters = args.num_clusters or sorted({max(2, args.images // n) for n in pretrain.IMAGES_PER_PROTOTYPE})
+    if args.quick:
+        args.grid, args.seeds, args.steps = ["hierarchy", "main"], 2, 60
+        args.images, args.val_images, args.probe_epochs = 128, 64, 1
+        args.flags = ["--dataset", "digits", "--arch", "shufflenet_v2_x0_5", "--epochs", "2",
+                      "--warmup-epochs", "1", *args.flags]
+    if not args.num_clusters:
+        sizes = {max(2, args.images // n) for n in pretrain.IMAGES_PER_PROTOTYPE}
+        args.num_clusters = sorted(sizes)
     return args
 
 
-# -------------------------------------------------------------------------------------------------------------- grids
+# ------------------------------------------------------------------------------------------- grids
 
 
-def methods(sizes):
-    """{grid: {method: (flags of pretrain, variant or None, the methods that it is held against)}}."""
-    def off(*terms):
-        return [part for term in terms for part in (f"--{term}", "0")]
-    terms = ["align", "uniform", "corr"]
-    main = {"MoCo": (["--num-clusters", "0"], None, []), "PCL": (off(*terms), None, ["MoCo"]),
-            "PAUC": ([], None, ["MoCo", "PCL"])}
-    alone = {f"PCL + {term}": (off(*(t for t in terms if t != term)), None, ["PCL"]) for term in terms}
-    without = {f"PAUC without {term}": (off(term), None, ["PAUC"]) for term in terms}
-    triples = ("1 1 1", "0.3 0.3 0.3", "0.1 0.1 0.1", "0.03 0.03 0.03", "1 0.1 0.1", "0.1 0.3 0.1", "0.1 0.1 0.3")
-    own = " ".join(f"{pretrain.DEFAULTS['fashionmnist'][term]:g}" for term in terms)  # PAUC's
-    weights = {f"PAUC {triple}": ([part for term, weight in zip(terms, triple.split()) for part in (f"--{term}", weight)],
-                                  None, ["PCL"]) for triple in triples if triple != own}
-    values = {"corr-lambda": (0.005, 0.05, 1), "uniform-t": (1, 4), "align-alpha": (1,)}
-    constants = {f"PAUC {flag} {value}": ([f"--{flag}", str(value)], None, ["PAUC"])
-                 for flag in values for value in values[flag]}
-    scales = {"clusters x 6": ["--num-clusters", *(str(6 * size) for size in sizes)], "epochs 20": ["--epochs", "20"],
-              "PCL's k-means": ["--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random"],
-              "batch 32": ["--batch-size", "32"],
-              "clusters / 8": ["--num-clusters", *(str(max(2, size // 8)) for size in sizes)]}
-    scale = {f"{method}, {name}": (main[method][0] + flags, None, [method] + [f"PCL, {name}"] * (method == "PAUC"))
-             for name, flags in scales.items() for method in ("PCL", "PAUC")}
-    variants = {f"PAUC, {name}": ([], name, ["PAUC"]) for name in VARIANTS}
-    for name in ("refreshed prototypes", "the queue's keys"):  # where a prototype has one image in the batch
-        variants[f"PAUC, {name}, clusters x 6"] = scales["clusters x 6"], name, ["PAUC, clusters x 6"]
-    return dict(main=main, terms=alone | without, weights=weights, constants=constants, variants=variants, scale=scale)
+def flags(**weights):
+    return [part for name, weight in weights.items() for part in (f"--{name}", f"{weight:g}")]
 
 
-def align_to_centroid(terms, q, k, assignments, prototypes, args):
-    p, ids = losses.prototype_features(q, assignments)
-    terms["loss_align"] = losses.alignment(p, prototypes[ids.to(q.device)], args.align_alpha)
+MOCO = flags(proto=0, align=0, uniform=0, corr=0)
+MOCO_UNIFORM = flags(proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
+PCL = flags(align=0, uniform=0, corr=0)
+TERMS = "align", "uniform", "corr"
 
 
-def corr_of_images(terms, q, k, assignments, prototypes, args):
-    terms["loss_corr"] = losses.correlation(q, k, args.corr_lambda)
+def grids():
+    """{grid: {method: (flags of pretrain, form or None, the methods that it is held against)}}."""
+    main = {"MoCo": (MOCO, None, []), "MoCo + uniformity": (MOCO_UNIFORM, None, ["MoCo"]),
+            "PCL": (PCL, None, ["MoCo"]), "PAUC": ([], None, ["MoCo", "MoCo + uniformity", "PCL"])}
+    few = at(["4"]) | at(["10", "40"])
+    terms = {f"PAUC without {term}": (flags(**{term: 0}), None, ["PAUC"])
+             for term in ("proto", *TERMS)}
+    weights = {f"PAUC, weights {w:g}": (flags(align=w, uniform=w, corr=w), None, ["PCL", "PAUC"])
+               for w in (0.1, 0.3, 1)}
+    forms = {f"PAUC, {name}": ([], name, ["PAUC"]) for name in FORMS}
+    hierarchy = {name: (["--num-clusters", "10", *own], form, bases)
+                 for name, (own, form, bases) in main.items() if name.startswith("MoCo")}
+    for P in ("5", "10", "100", "400", "1000"):
+        more = {"PCL x 3": (flags(proto=3, align=0, uniform=0, corr=0), None),
+                **{name: (own, None) for name, (own, *_) in (weights | terms).items()},
+                **{f"PCL + {term}": (flags(**dict.fromkeys({*TERMS} - {term}, 0)), None)
+                   for term in TERMS},
+                **{name: (own, form) for name, (own, form, _) in forms.items()}}
+        hierarchy |= at([P]) | {f"{name}, P = {P}": (["--num-clusters", P, *own], form, [])
+                                for name, (own, form) in more.items()}
+    return dict(hierarchy=hierarchy, main=main, few=few, terms=terms, weights=weights, forms=forms)
 
 
-def corr_across_prototypes(terms, q, k, assignments, prototypes, args):
-    """1/J [ sum_j (1 - S_jj)^2 + lambda sum_{j != l} S_jl^2 ], S = p p+^T: the JxJ similarities towards the identity."""
-    p, p_positive = (losses.prototype_features(z, assignments)[0] for z in (q, k))
-    s = p @ p_positive.T
-    on = (1 - s.diagonal()).square().sum()
-    terms["loss_corr"] = (on + args.corr_lambda * (s.square().sum() - s.diagonal().square().sum())) / len(s)
+def at(sizes):
+    """PCL and PAUC with so many prototypes."""
+    own, given = f"P = {', '.join(sizes)}", ["--num-clusters", *sizes]
+    return {f"PCL, {own}": ([*given, *PCL], None, ["MoCo"]),
+            f"PAUC, {own}": (given, None, ["MoCo", "MoCo + uniformity", f"PCL, {own}"])}
 
 
-def all_three(terms, p, p_positive, args):
-    terms.update(loss_align=losses.alignment(p, p_positive, args.align_alpha),
-                 loss_uniform=losses.uniformity(p, args.uniform_t),
-                 loss_corr=losses.correlation(p, p_positive, args.corr_lambda))
+# ------------------------------------------------------------------- other forms of the three terms
 
 
-def refreshed(terms, q, k, assignments, prototypes, args, beta=0.5):
-    """p_j = normalise(beta c_j + (1 - beta) mean of the batch's members), in both views and all three terms."""
-    ids, row, size = (x.to(q.device) for x in assignments.unique(return_inverse=True, return_counts=True))
-    p, p_positive = (F.normalize(beta * prototypes[ids] + (1 - beta) * torch.zeros_like(prototypes[ids]).index_add(0, row, z)
-                                 / size[:, None], dim=1) for z in (q, k))
-    all_three(terms, p, p_positive, args)
+def first_reading(batch, clusterings, args):
+    """All three terms on the batch's means of the prototypes. Takes and returns what pauc does."""
+    loss, figures = pauc(batch, clusterings, without(args, *TERMS))
+    for clustering in clusterings:
+        s = clustering[0][batch.index]
+        p, p_positive = (losses.prototype_features(z, s)[0] for z in (batch.q, batch.k))
+        terms = (args.align * losses.alignment(p, p_positive, args.align_alpha)
+                 + args.uniform * losses.uniformity(p, args.uniform_t)
+                 + args.corr * losses.correlation(p, p_positive, args.corr_lambda))
+        loss = loss + terms / len(clusterings)
+    return loss, figures
 
 
-waiting = []  # the queue's keys and their images' indices, batch by batch; empty again in a run that goes on
+def without(args, *terms):
+    args = copy.copy(args)
+    for term in terms:
+        setattr(args, term, 0)
+    return args
 
 
-def with_the_queues_keys(terms, q, k, assignments, prototypes, args):
-    """p_j and p+_j of the batch's images and of the queue's keys of the same prototype; `assignments` are of both."""
-    members = (assignments[:len(q)].unique()[:, None] == assignments).to(q)  # JxN+Q
-    p, p_positive = (F.normalize(members @ torch.cat([z, *(keys for keys, _ in waiting)]), dim=1) for z in (q, k))
-    all_three(terms, p, p_positive, args)
+def instead(name, term):
+    """pauc with the mean over clusterings of term(batch, clustering, args) as its term `name`."""
+    def form(batch, clusterings, args):
+        loss, figures = pauc(batch, clusterings, without(args, name))
+        for clustering in clusterings:
+            share = getattr(args, name) / len(clusterings)
+            loss = loss + share * term(batch, clustering, args)
+        return loss, figures
+    return form
 
 
-def with_index_of_the_queue(q, k, index, queue, clusterings, args, epoch, step):
-    """pretrain.pauc, where `prototype_terms` gets the assignments of the queue's keys behind those of the batch."""
-    found = pauc(q, k, torch.cat([index, *(images for _, images in waiting)]), queue, clusterings, args, epoch, step)
-    waiting.append((k, index))
-    del waiting[:-(args.queue_size // args.batch_size)]
-    return found
+def uniformity_within(batch, clustering, args):
+    """log mean exp( -t ||q_i - q_l||^2 ) over the pairs of images of one prototype."""
+    s = clustering[0][batch.index].to(batch.q.device)
+    pairs = (s[:, None] == s).fill_diagonal_(False)
+    if not pairs.any():
+        return 0 * batch.q.sum()
+    distances = 2 - 2 * batch.q @ batch.q.T
+    return (-args.uniform_t * distances[pairs]).logsumexp(0) - pairs.sum().log()
 
 
-VARIANTS = {"align to centroid": align_to_centroid, "corr of images": corr_of_images,
-            "corr across prototypes": corr_across_prototypes, "refreshed prototypes": refreshed,
-            "the queue's keys": with_the_queues_keys}
+def uniformity_of_neighbours(batch, clustering, args, most=16):
+    """The same over each image and its nearest ones in the batch."""
+    distances = (2 - 2 * batch.q @ batch.q.T).fill_diagonal_(math.inf)
+    near = distances.topk(min(most, len(distances) - 1), largest=False).values
+    return (-args.uniform_t * near).flatten().logsumexp(0) - math.log(near.numel())
 
 
-def varied(variant):
-    """pretrain.prototype_terms with what a variant puts in its place."""
-    def terms(q, k, assignments, prototypes, concentration, args, negatives):
-        found = prototype_terms(q, k, assignments[:len(q)], prototypes, concentration, args, negatives)
-        VARIANTS[variant](found, q, k, assignments, prototypes, args)
-        return found
-    return terms
+def correlation_projected(batch, clustering, args):
+    """Of d_i - (d_i.c)c: the deviations without their part along the prototype."""
+    c = clustering[1][clustering[0][batch.index].to(batch.q.device)]
+    deviations = (z - c for z in (batch.q, batch.k))
+    d, d_positive = (d - (d * c).sum(1, keepdim=True) * c for d in deviations)
+    return losses.correlation(d, d_positive, args.corr_lambda)
 
 
-# ------------------------------------------------------------------------------------------------------------ one run
+FORMS = {"first reading": first_reading,
+         "uniformity within prototypes": instead("uniform", uniformity_within),
+         "uniformity of neighbours": instead("uniform", uniformity_of_neighbours),
+         "projected deviations": instead("corr", correlation_projected)}
+
+
+# ------------------------------------------------------------------------ a hierarchy of Gaussians
+#
+# 10 groups of 10 classes that overlap. Two views differ by noise and dropped coordinates.
+
+VECTORS, DIMENSIONS, GROUPS, CLASSES = 4000, 64, 10, 100
+GROUP_SPREAD, CLASS_SPREAD, VIEW_NOISE, DROPPED = 0.45, 0.65, 1.0, 0.4  # in a class: 1
+HIDDEN, WIDTH, EMBEDDING, BATCH, QUEUE = 128, 64, 32, 256, 1000
+RATE, KEEP, CLUSTER_EVERY = 0.3, 0.99, 30
+
+
+def gaussians(generator):
+    """Vectors (n, DIMENSIONS) to train on, as many to evaluate on, the labels (n,) of either."""
+    def draw(*shape):
+        return torch.randn(shape, generator=generator)
+    centre = GROUP_SPREAD * draw(GROUPS, 1, DIMENSIONS)
+    centre = centre + CLASS_SPREAD * draw(GROUPS, CLASSES // GROUPS, DIMENSIONS)
+    labels = torch.arange(VECTORS) % CLASSES
+    means = centre.flatten(0, 1)[labels]
+    return means + draw(VECTORS, DIMENSIONS), means + draw(VECTORS, DIMENSIONS), labels
+
+
+def view(x, generator):
+    noisy = x + VIEW_NOISE * torch.randn(x.shape, generator=generator)
+    return noisy * (torch.rand(x.shape, generator=generator) >= DROPPED)
+
+
+def train_on_hierarchy(flags, seed, form=pauc, steps=600):
+    """A run, a quarter of it warm-up. flags: pretrain's, with --num-clusters P. form: what takes
+    and returns what pauc does. Returns the encoders in eval mode (encoder[0] is the backbone), the
+    vectors, their labels and the flags."""
+    args = pretrain.parse_args([*flags, "--temperature", "0.2"])
+    args.device, args.kmeans_threads, args.seed = torch.device("cpu"), 1, seed
+    generator = torch.Generator().manual_seed(seed)
+    x, x_val, labels = gaussians(generator)
+    torch.manual_seed(seed)
+    backbone = nn.Sequential(nn.Linear(DIMENSIONS, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
+                             nn.Linear(HIDDEN, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
+    encoder_q = nn.Sequential(backbone, nn.Linear(WIDTH, WIDTH), nn.ReLU(),
+                              nn.Linear(WIDTH, EMBEDDING))
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    optimizer = torch.optim.SGD(encoder_q.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    queue, queue_index = torch.zeros(EMBEDDING, QUEUE), torch.full((QUEUE,), builder.EMPTY)
+    warmup, clusterings = steps // 4, []
+    for step in range(steps):
+        if step >= warmup and (step - warmup) % CLUSTER_EVERY == 0:
+            v = F.normalize(encoder_k.eval()(x), dim=1)
+            clusterings = [pretrain.kmeans(v, P, loader.seed_of(seed, step), args)[0]
+                           for P in args.num_clusters]
+        index = torch.randperm(VECTORS, generator=generator)[:BATCH]
+        with torch.no_grad():
+            torch._foreach_lerp_([*encoder_k.parameters()], [*encoder_q.parameters()], 1 - KEEP)
+            k = F.normalize(encoder_k.train()(view(x[index], generator)), dim=1)
+        q = F.normalize(encoder_q(view(x[index], generator)), dim=1)
+        batch = losses.Batch(q, k, index, queue, queue_index, slice(0, BATCH), 0, step)
+        loss, _ = form(batch, clusterings, args)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        columns = (step * BATCH + torch.arange(BATCH)) % QUEUE
+        queue[:, columns], queue_index[columns] = k.T, index
+    return encoder_q.eval(), encoder_k.eval(), x, x_val, labels, args
+
+
+def hierarchy(flags, seed, form=pauc, steps=600):
+    """The figures of a run: of the 100 classes the probes in percent, on vectors that were not
+    trained on; of the embeddings' 10 clusters the AMI with the groups, and the diversity."""
+    torch.set_num_threads(1)
+    run = train_on_hierarchy(flags, seed, form, steps)
+    encoder_q, encoder_k, x, x_val, labels, args = run
+    with torch.inference_mode():
+        bank, queries = (F.normalize(encoder_q[0](part), dim=1) for part in (x, x_val))
+        v = F.normalize(encoder_k(x), dim=1)
+    args.kmeans_restarts = 3
+    clustering, _ = pretrain.kmeans(v, GROUPS, seed, args)
+    group = labels // (CLASSES // GROUPS)
+    return dict(linear=linear(bank, labels, queries, labels),
+                knn=neighbours(bank, labels, queries, labels),
+                **few_labels(bank, labels, queries, labels),
+                ami=adjusted_mutual_info_score(group, clustering.assignments),
+                diversity=losses.coagulation(v, *clustering[:2])["diversity"],
+                effective_rank=losses.effective_rank(v))
+
+
+def neighbours(bank, labels, queries, truth, k=20):
+    """Top-1 in percent of the k nearest by cosine, with the votes of pretrain's monitor."""
+    near, rows = (queries @ bank.T).topk(k)
+    votes = torch.zeros(len(queries), CLASSES).scatter_add_(1, labels[rows], (near / 0.07).exp())
+    return 100 * (votes.argmax(1) == truth).double().mean().item()
+
+
+def linear(bank, labels, queries, truth):
+    """Top-1 in percent on queries of logistic regression on bank, unit rows, and its labels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it need not converge
+        model = LogisticRegression(C=100, max_iter=40, tol=1e-3).fit(bank.numpy(), labels.numpy())
+    return 100 * model.score(queries.numpy(), truth.numpy())
+
+
+def few_labels(bank, labels, queries, truth, draws=5):
+    """`linear` with 2 and 10 labels a class, means over draws of them."""
+    found = {2: [], 10: []}
+    for draw in range(draws):
+        order = torch.randperm(len(bank), generator=torch.Generator().manual_seed(draw))
+        for n in found:
+            rows = torch.cat([order[labels[order] == c][:n] for c in labels.unique()])
+            found[n].append(linear(bank[rows], labels[rows], queries, truth))
+    return {f"linear_{n}": statistics.fmean(values) for n, values in found.items()}
+
+
+def on_hierarchy(run, args, record):
+    """A run on the hierarchy: its record."""
+    return hierarchy(run["flags"], run["seed"], FORMS.get(run["form"], pauc), args.steps)
+
+
+# ------------------------------------------------------------------------------- one run on images
 
 
 def data(args, held_out="val"):
-    """What stands in for loader.load: "train" are the first nine tenths of a fixed permutation of the training images, "val"
-    is the rest of them, or the test set."""
+    """What stands in for loader.load: "train" are the first nine tenths of a fixed permutation of
+    the training images, "val" is the rest of them, or the test set."""
     def take(whole, rows, device):
         return loader.Arrays(whole.images[rows, 0].numpy(), whole.labels[rows].numpy(), device)
 
-    def load(dataset, root, split, classes=None, device="cpu"):
+    def load(dataset, root, split, classes=None, bits=8, device="cpu"):
+        if (split, held_out) == ("val", "test"):
+            return read(dataset, root, "val", device=device)
         whole = read(dataset, root, "train")
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
-        train = take(whole, order[:TRAIN][:args.images], device)
-        if split == "train":
-            return train
-        val = (read(dataset, root, "val", device=device) if held_out == "test"
-               else take(whole, order[TRAIN:][:args.val_images], device))
-        val.statistics = train.statistics
-        return val
+        most = len(whole) * 9 // 10
+        rows = order[:most][:args.images] if split == "train" else order[most:][:args.val_images]
+        return take(whole, rows, device)
     return load
 
 
-def work(run, args, old):
-    """A run in a process of its own: train, measure, probe, and leave result.json; of a run that is `old`, probe alone."""
-    folder, started = args.output / run["folder"], time.time()
+def on_images(run, args, record):
+    """A run on images: train, measure, probe. Returns its record, or None where it failed; of what
+    is in `record` nothing is made again."""
+    folder = args.output / run["folder"]
+    folder.mkdir(exist_ok=True)
     os.dup2(os.open(folder / "run.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
     os.dup2(1, 2)
     cuda = torch.cuda.is_available() and "cpu" not in args.flags
     torch.set_num_threads(max(1, os.cpu_count() // args.jobs) if cuda else 1)
-    pretrain.faiss.omp_set_num_threads(torch.get_num_threads())
-    loader.load = data(args)
-    if run["variant"]:
-        pretrain.prototype_terms = varied(run["variant"])
-    if run["variant"] == "the queue's keys":
-        pretrain.pauc = with_index_of_the_queue
-    then = pretrain.parse_args(run["argv"])
-    last, kept, result = folder / "checkpoint.pth", [], dict(old)
-    if not old:
-        every = ["--keep-every", str(args.curve_every or max(1, then.epochs // 10))] if then.num_clusters == [0] else []
-        pretrain.main([*run["argv"], *every, "--output", str(folder), "--resume", "auto"])
-        trained, kept = time.time(), sorted(folder.glob("checkpoint_[0-9]*[0-9].pth"))
-        *passed, end = measure(run["argv"], [*kept, last], args.num_clusters, folder / "map.npz")
-        curve = {row["epoch"]: row for row in [*passed, *logged(folder / "log.jsonl"), end]}
-        result = {name: mean(value) for name, value in end.items()} | dict(
-            by_size={name: value for name, value in end.items() if isinstance(value, list)}, num_clusters=args.num_clusters,
-            curve=[{name: mean(curve[epoch][name]) for name in ("epoch", *COAGULATION)} for epoch in sorted(curve)],
-            device=torch.cuda.get_device_name() if cuda else "cpu", torch=torch.__version__,
-            seconds_pretrain=trained - started)
-
-    probe = folder / f"probe_{args.probe_lr}_{args.probe_epochs}_{args.probe_batch}"
-    common = ["--device", then.device, "--amp", then.amp, "--nproc", "1"]
-    lincls.main(["--pretrained", str(last), "--output", str(probe), "--resume", "auto", "--lr", str(args.probe_lr),
-                 "--epochs", str(args.probe_epochs), "--schedule", *(str(args.probe_epochs * n // 10) for n in (6, 8)),
-                 "--batch-size", str(min(args.probe_batch, args.images)), "--min-scale", str(then.min_scale), *common])
-    result["linear"] = json.loads((probe / "log.jsonl").read_text().splitlines()[-1])["top1"]  # the last, not the best
-    result["probe"] = [args.probe_lr, args.probe_epochs, args.probe_batch]
-    for name in ("test_knn", "test_linear"):
-        result.pop(name, None)
-    if args.test:
-        loader.load = data(args, "test")
-        result["test_knn"] = printed("knn", ["--pretrained", str(last), "--knn", *common])
-        result["test_linear"] = printed("top1", ["--evaluate", str(probe / "checkpoint.pth"), *common])
-    result.setdefault("seconds", time.time() - started)
-    (folder / "result.json").write_text(json.dumps(result))
-    for path in [*kept, *folder.rglob("*.prev.pth")]:
-        path.unlink()
+    pretrain.pauc = FORMS.get(run["form"], pauc)  # this process makes one run at a time
+    argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", "--num-clusters",
+            *map(str, args.num_clusters), *args.flags, *run["flags"], "--seed", str(run["seed"])]
+    if torch.distributed.is_initialized():  # a run that failed has left it
+        torch.distributed.destroy_process_group()
+    try:
+        if "linear" not in record:
+            started, loader.load = time.time(), data(args)
+            pretrain.main([*argv, "--output", str(folder), "--resume", "auto"])
+            record["seconds_pretrain"] = time.time() - started
+            record |= measure(argv, folder / "checkpoint.pth", args.num_clusters)
+            record["curve"] = [*logged(folder / "log.jsonl"), {
+                name: record[name] for name in ("epoch", *COAGULATION)}]
+            record |= probes(argv, folder, args, "")
+        if args.test:
+            loader.load = data(args, "test")
+            record |= probes(argv, folder, args, "test_")
+    except SystemExit:  # pretrain's, with the reason in run.txt
+        return None
+    device = torch.cuda.get_device_name() if cuda else "cpu"
+    return record | dict(argv=argv, torch=torch.__version__, device=device)
 
 
-def measure(argv, paths, sizes, picture):
-    """The coagulation figures of each checkpoint; for the last one also AMI with the labels, kNN, and what t-SNE draws: up
-    to 100 embeddings of each of 8 prototypes of the first clustering, those of one image of each class."""
-    rows = []
+def on_model(argv, path, function):
+    """function(model, train, val, args) with a run's model, data and flags."""
+    found = {}
 
     def worker(args):
         train, val = pretrain.open_data(args)
+        checkpoint = pretrain.load(path)
+        state = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
+        model = builder.MoCo(args.arch, args.dim, state["queue"].shape[1], args.moco_m, args.mlp,
+                             args.crop_size < 64)
+        model.load_state_dict(state)
+        model.to(args.device, memory_format=torch.channels_last)
+        found.update(function(model, train, val, args), epoch=checkpoint["epoch"])
+    pretrain.launch(worker, pretrain.parse_args(argv))
+    return found
+
+
+def measure(argv, path, sizes):
+    """The coagulation figures of a checkpoint, and the AMI of its clusters with the labels."""
+    def function(model, train, val, args):
         usual, args.num_clusters = pretrain.parse_args([]), sizes
         for name in ("kmeans_iters", "kmeans_restarts", "kmeans_init"):  # not the run's own
             setattr(args, name, getattr(usual, name))
-        for path in paths:
-            checkpoint = pretrain.load(path)
-            state = checkpoint["state_dict"]
-            model = builder.MoCo(args.arch, args.dim, state["queue"].shape[1], args.moco_m, args.mlp, args.crop_size < 64)
-            model.load_state_dict(state)
-            model.to(args.device, memory_format=torch.channels_last)
-            clusterings, figures = pretrain.e_step(model, train, args, args.epochs)
-            rows.append(dict(epoch=checkpoint["epoch"], **{name: figures[name] for name in COAGULATION}))
-        rows[-1]["ami"] = [adjusted_mutual_info_score(train.labels.numpy(), part[0].cpu().numpy()) for part in clusterings]
-        rows[-1]["knn"] = pretrain.knn(builder.without_head(model.encoder_q), train, val, args)
-        v, _ = pretrain.embed(model.encoder_k, train, args)
-        assignments, chosen = clusterings[0][0].cpu(), []
-        for label in range(8):
-            own = assignments[train.labels == label].tolist()
-            chosen += [j for j in dict.fromkeys(own) if j not in chosen][:1]
-        members = [(assignments == j).nonzero()[:100, 0] for j in chosen]
-        np.savez(picture, v=F.normalize(v, dim=1).cpu()[torch.cat(members)].numpy(),
-                 prototype=np.repeat(range(len(members)), [len(part) for part in members]))
-    pretrain.launch(worker, pretrain.parse_args(argv))
-    return rows
+        clusterings, figures = pretrain.e_step(model, train, args, args.epochs)
+        figures = {name: mean(figures[name]) for name in COAGULATION}
+        return figures | dict(ami=mean([
+            adjusted_mutual_info_score(train.labels, clustering[0]) for clustering in clusterings]))
+    return on_model(argv, path, function)
+
+
+def probes(argv, folder, args, prefix):
+    """kNN, few labels and the linear probe of a run's last checkpoint, on loader.load's "val"."""
+    def function(model, train, val, args):
+        backbone, parts = builder.backbone_of(model.encoder_q), []
+        for split in (train, val):
+            features, labels = pretrain.embed(backbone, split, args)
+            parts += [F.normalize(features, dim=1).cpu(), labels.cpu()]
+        return dict(knn=pretrain.knn(backbone, train, val, args), **few_labels(*parts))
+    path, output = folder / "checkpoint.pth", folder / f"{prefix}probe"
+    found, then = on_model(argv, path, function), pretrain.parse_args(argv)
+    milestones = [str(args.probe_epochs * tenths // 10) for tenths in (6, 8)]
+    lincls.main(["--pretrained", str(path), "--output", str(output), "--resume", "auto",
+                 "--lr", str(args.probe_lr), "--epochs", str(args.probe_epochs),
+                 "--schedule", *milestones, "--min-scale", str(then.min_scale),
+                 "--batch-size", str(min(args.probe_batch, args.images)),
+                 "--device", then.device, "--amp", then.amp, "--nproc", "1"])
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    found["linear"] = [line["top1"] for line in lines if "top1" in line][-1]  # not the best
+    return {prefix + name: value for name, value in found.items() if name != "epoch"}
 
 
 def logged(path):
-    """The coagulation figures in a run's log: an epoch's line has those of its E-step, before the epoch."""
+    """The coagulation figures in a log: an epoch's line has those of its E-step, before it."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row | dict(epoch=row["epoch"] - 1) for row in rows if "diversity" in row]
-
-
-def printed(name, argv):
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        lincls.main(argv)
-    words = out.getvalue().split()
-    return float(words[words.index(name) + 1])
+    return [{name: mean(row[name]) for name in COAGULATION} | dict(epoch=row["epoch"] - 1)
+            for row in rows if "diversity" in row]
 
 
 def mean(value):
     return statistics.fmean(value) if isinstance(value, list) else value
 
 
-# ----------------------------------------------------------------------------------------------------------- all runs
+# ---------------------------------------------------------------------------------------- all runs
 
 
 def main(argv=None):
@@ -296,138 +440,163 @@ def main(argv=None):
     if args.plot:
         return plot(args)
     pretrain.parse_args(args.flags)  # wrong ones end here
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # and so its runs
+    signal.signal(signal.SIGTERM, end)
     args.output.mkdir(parents=True, exist_ok=True)
-    same = dict(flags=args.flags, images=args.images, val_images=args.val_images, num_clusters=args.num_clusters)
-    settings = args.output / "settings.json"
-    if settings.exists() and json.loads(settings.read_text()) != same:
-        sys.exit(f"--output {args.output}: holds runs with other flags, {settings.read_text()}; give another --output")
-    settings.write_text(json.dumps(same))
-    grids, lines, todo = methods(args.num_clusters), args.output / "runs.jsonl", []
-    records = read_runs(lines)
-    for seed in range(args.seeds):  # all methods of one seed first
-        for grid in args.grid:
-            for name, (flags, variant, _) in grids[grid].items():
-                argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", *args.flags, "--num-clusters",
-                        *map(str, args.num_clusters), *flags, "--seed", str(seed)]
-                old = records.get((name, seed), {})
-                done = old.get("probe") == [args.probe_lr, args.probe_epochs, args.probe_batch]
-                if not done or args.test and "test_knn" not in old:
-                    folder = re.sub(r"[^A-Za-z0-9.]+", "-", name) + f"-s{seed}"
-                    todo.append((dict(name=name, grid=grid, seed=seed, variant=variant, folder=folder, argv=argv), old))
-    print(f"{len(todo)} runs to do, {args.jobs} at once, to {args.output}", flush=True)
-    running, failed, context = {}, 0, multiprocessing.get_context("spawn")
-    while todo or running:
-        while todo and len(running) < args.jobs:
-            run, old = todo.pop(0)
-            (args.output / run["folder"]).mkdir(exist_ok=True)
-            (args.output / run["folder"] / "result.json").unlink(missing_ok=True)
-            process = context.Process(target=work, args=(run, args, old), daemon=True)
-            process.start()
-            running[process.sentinel] = process, run
-        for sentinel in wait(list(running)):
-            process, run = running.pop(sentinel)
-            process.join()
-            result = args.output / run["folder"] / "result.json"
-            if process.exitcode or not result.exists():
-                failed += 1
-                print(f"{run['name']}, seed {run['seed']}: failed, see {result.with_name('run.txt')}", flush=True)
-                continue
-            record = {part: run[part] for part in ("name", "grid", "seed", "argv")} | json.loads(result.read_text())
-            records[run["name"], run["seed"]] = record
-            new = lines.with_suffix(".new")
-            new.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
-            os.replace(new, lines)
-            print(f"{run['name']}, seed {run['seed']}: " + "  ".join(
-                f"{name} {record[name]:.4g}" for name in (*FIGURES, "seconds") if name in record), flush=True)
-    chosen = {key: record for key, record in records.items() if key[1] < args.seeds}
-    (args.output / "table.md").write_text(text := table(chosen, grids, same))
-    print(text)
+    images = [grid for grid in args.grid if grid != "hierarchy"]
+    failed = 0
+    if "hierarchy" in args.grid:
+        failed += run_all("hierarchy", ["hierarchy"], on_hierarchy, dict(steps=args.steps), args)
+    if images:
+        names = "flags", "images", "val_images", "num_clusters", "probe_lr", "probe_epochs"
+        failed += run_all("images", images, on_images, {n: getattr(args, n) for n in names}, args)
     sys.exit(failed > 0)
 
 
-def read_runs(lines):
-    rows = map(json.loads, lines.read_text().splitlines()) if lines.exists() else ()
+def end(*_):
+    for child in multiprocessing.active_children():
+        child.terminate()
+    sys.exit(143)
+
+
+def run_all(title, chosen, function, settings, args):
+    """The runs of some grids that are not there yet; returns how many failed."""
+    lines, table_file = (args.output / f"{title}.{kind}" for kind in ("jsonl", "md"))
+    before = args.output / f"{title}.json"
+    if before.exists() and json.loads(before.read_text()) != settings:
+        sys.exit(f"--output {args.output}: holds runs with other flags, {before.read_text()}; give "
+                 f"another --output")
+    before.write_text(json.dumps(settings))
+    records, todo = read_runs(lines), []
+    methods = {name: method for grid in chosen for name, method in grids()[grid].items()
+               if not args.quick or name in QUICK and (title == "hierarchy" or name == "PAUC")}
+    wanted = "test_linear" if args.test and title == "images" else "linear"
+    seeds = 1 if args.quick and title == "images" else args.seeds
+    for seed in range(seeds):  # all methods of one seed first
+        for name, (own, form, _) in methods.items():
+            folder = re.sub(r"[^A-Za-z0-9.]+", "-", name) + f"-s{seed}"
+            run = dict(name=name, seed=seed, flags=own, form=form, folder=folder)
+            record = records.get((name, seed), {})
+            if wanted not in record:
+                todo.append((run, args, record))
+    print(f"{len(todo)} runs to do, {args.jobs} at once, to {lines}", flush=True)
+    failed, context = 0, multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, context) as pool:
+        futures = {pool.submit(function, *inputs): inputs[0] for inputs in todo}
+        for future in as_completed(futures):
+            run, record = futures[future], future.result()
+            name, seed = run["name"], run["seed"]
+            if record is None:
+                failed += 1
+                print(f"{name}, seed {seed}: failed, see {args.output / run['folder'] / 'run.txt'}")
+                continue
+            records[name, seed] = dict(name=name, seed=seed) | record
+            new = lines.with_suffix(".new")
+            new.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+            os.replace(new, lines)
+            shown = [f"{figure} {record[figure]:.4g}" for figure in TITLES if figure in record]
+            print("  ".join([f"{name}, seed {seed}:", *shown]), flush=True)
+    known = {name: method[2] for grid in grids() if (grid == "hierarchy") == (title == "hierarchy")
+             for name, method in grids()[grid].items()}
+    records = {key: record for key, record in records.items() if key[1] < args.seeds}
+    text = f"{json.dumps(settings)}\n\n{table(records, known)}"
+    table_file.write_text(text)
+    print(text)
+    return failed
+
+
+def read_runs(path):
+    rows = map(json.loads, path.read_text().splitlines()) if path.exists() else ()
     return {(row["name"], row["seed"]): row for row in rows}
 
 
-def table(records, grids, same):
-    """Markdown: mean and standard deviation over seeds, then differences over shared seeds and their standard errors."""
-    figures = [name for name in FIGURES if any(name in record for record in records.values())]
-    known = {name: bases for grid in grids.values() for name, (_, _, bases) in grid.items()}
-    seeds = {name: {seed: record for (other, seed), record in records.items() if other == name} for name in known}
-    probes = {tuple(record["probe"]) for record in records.values()}
+def table(records, known):
+    """Markdown: mean and standard deviation over seeds, then differences over shared seeds and
+    their standard errors. records: {(method, seed): figures}, known: {method: bases}."""
+    figures = [name for name in TITLES if any(name in record for record in records.values())]
+    head = ["| | n | " + " | ".join(TITLES[name] for name in figures) + " |",
+            "|---" * (len(figures) + 2) + "|"]
+    seeds = {name: [seed for other, seed in records if other == name] for name in known}
 
-    def row(name, values, error, sign=""):
+    def row(name, values, difference):
         cells = []
         for figure in figures:
             x = [value[figure] for value in values if figure in value]
-            digits = DIGITS[figure]
-            spread = f" ± {statistics.stdev(x) / (len(x) ** 0.5 if error else 1):.{digits}f}" if len(x) > 1 else ""
-            cells.append(f"{statistics.fmean(x):{sign}.{digits}f}{spread}" if x else "")
+            digits, sign = DIGITS.get(figure, 1 + difference), "+" if difference else ""
+            cell = f"{statistics.fmean(x):{sign}.{digits}f}" if x else ""
+            if len(x) > 1:
+                spread = statistics.stdev(x) / (len(x) ** 0.5 if difference else 1)
+                cell += f" ± {spread:.{digits}f}"
+            cells.append(cell)
         return "| " + " | ".join([name, str(len(values)), *cells]) + " |"
 
-    head = ["| | n | " + " | ".join(TITLES[FIGURES.index(name)] for name in figures) + " |",
-            "|---|" + "---|" * (len(figures) + 1)]
-    text = [f"{same['images']} training images, held-out {same['val_images']}, sizes measured "
-            f"{' '.join(map(str, same['num_clusters']))}; flags `{' '.join(same['flags'])}`; probe (lr, epochs, batch) "
-            f"{' and '.join(map(str, sorted(probes)))}; kNN and linear top-1 in percent.", "",
-            "Mean ± standard deviation over n seeds:", "", *head]
-    text += [row(name, list(seeds[name].values()), False) for name in known if seeds[name]]
+    text = ["Mean ± standard deviation over n seeds, accuracies in percent:", "", *head]
+    text += [row(name, [records[name, seed] for seed in seeds[name]], False)
+             for name in known if seeds[name]]
     text += ["", "Differences, mean ± standard error over the n seeds that both have:", "", *head]
-    for name in known:
-        for base in known[name]:
-            both = [{figure: seeds[name][seed][figure] - seeds[base][seed][figure] for figure in figures
-                     if figure in seeds[name][seed] and figure in seeds[base][seed]}
-                    for seed in sorted(seeds[name].keys() & seeds[base].keys())]
-            if both:
-                text.append(row(f"{name} − {base}", both, True, "+"))
+    for name, bases in known.items():
+        for base in bases:
+            both = [(records[name, seed], records[base, seed]) for seed in seeds[name]
+                    if seed in seeds[base]]
+            gains = [{figure: x[figure] - y[figure] for figure in {*figures} & x.keys() & y.keys()}
+                     for x, y in both]
+            if gains:
+                text.append(row(f"{name} − {base}", gains, True))
     return "\n".join(text) + "\n"
 
 
+# ---------------------------------------------------------------------------------------- pictures
+
+
 def plot(args):
-    """Curves of MoCo, PCL and PAUC over the epochs, and t-SNE maps of PCL's and PAUC's prototypes."""
     try:
         from matplotlib import pyplot
     except ImportError:
         sys.exit("--plot needs matplotlib: pip install matplotlib")
-    from scipy.spatial.distance import pdist
-    from sklearn.manifold import TSNE
-    records = read_runs(args.output / "runs.jsonl")
     args.img.mkdir(parents=True, exist_ok=True)
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 110})
+    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                            "savefig.dpi": 110})
+    plot_hierarchy(pyplot, args.img / "hierarchy.png", args.steps)
+    records = read_runs(args.output / "images.jsonl")
+    if records:
+        plot_curves(pyplot, records, args.img / "coagulation.png")
+
+
+def plot_hierarchy(pyplot, path, steps, seed=0, group=0):
+    """The embeddings of one group on their own two principal components, at the same scale."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharex=True,
+                                   sharey=True)
+    for axis, (name, own) in zip(axes, {"PCL": PCL, "MoCo": MOCO, "PAUC": []}.items()):
+        run = train_on_hierarchy(["--num-clusters", "10", *own], seed, steps=steps)
+        _, encoder_k, x, _, labels, _ = run
+        rows = labels // (CLASSES // GROUPS) == group
+        with torch.inference_mode():
+            v = F.normalize(encoder_k(x[rows]), dim=1)
+        v = v - v.mean(0)
+        places = v @ torch.linalg.svd(v, full_matrices=False).Vh[:2].T
+        axis.scatter(*places.T, c=labels[rows] % 10, cmap="tab10", s=7, linewidths=0)
+        title = f"{name}: mean squared distance {2 * v.square().sum(1).mean():.2f}"
+        axis.set(title=title, aspect="equal", xticks=[], yticks=[])
+    figure.savefig(path)
+
+
+def plot_curves(pyplot, records, path):
+    """Coagulation of MoCo, PCL and PAUC over the epochs."""
     figure, axes = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
-    colours = {"MoCo": "0.5", "PCL": "tab:orange", "PAUC": "tab:blue"}
-    for method, colour in colours.items():
+    for method, colour in {"MoCo": "0.5", "PCL": "tab:orange", "PAUC": "tab:blue"}.items():
         curves = [record["curve"] for (name, _), record in records.items() if name == method]
         for axis, title in zip(axes, ("diversity", "effective_rank")):
-            epochs = sorted({row["epoch"] for curve in curves for row in curve})
-            values = [[row[title] for curve in curves for row in curve if row["epoch"] == epoch] for epoch in epochs]
-            centre, spread = np.array([np.mean(x) for x in values]), np.array([np.std(x) for x in values])
+            values = {}
+            for row in (row for curve in curves for row in curve):
+                values.setdefault(row["epoch"], []).append(row[title])
+            epochs = sorted(values)
+            centre, spread = (np.array([f(values[epoch]) for epoch in epochs])
+                              for f in (np.mean, np.std))
             axis.plot(epochs, centre, marker=".", color=colour, label=f"{method} (n={len(curves)})")
-            axis.fill_between(epochs, centre - spread, centre + spread, color=colour, alpha=0.2, linewidth=0)
+            axis.fill_between(epochs, centre - spread, centre + spread, color=colour, alpha=0.2,
+                              linewidth=0)
             axis.set(xlabel="epochs trained", title=title.replace("_", " "))
     axes[0].legend(frameon=False)
-    figure.savefig(args.img / "coagulation.png")
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3), layout="constrained")
-    for axis, method in zip(axes, ("PCL", "PAUC")):
-        path = args.output / f"{method}-s0" / "map.npz"
-        if not path.exists() or (method, 0) not in records:
-            sys.exit(f"{path}: not there; --plot needs seed 0 of --grid main")
-        picture = np.load(path)
-        places = TSNE(metric="cosine", init="pca", perplexity=min(30, len(picture["v"]) / 4), random_state=0).fit_transform(
-            picture["v"])
-        axis.scatter(*places.T, c=picture["prototype"], cmap="tab10", vmax=9, s=6, linewidths=0)
-        axis.set(xticks=[], yticks=[], title=f"{method}, diversity {records[method, 0]['diversity']:.3f}")
-        axis.axis("equal")
-    for method, colour in colours.items():  # t-SNE draws all clusters about equally dense; this does not
-        pictures = [np.load(args.output / f"{method}-s{seed}" / "map.npz") for name, seed in records if name == method]
-        within = [pdist(x["v"][x["prototype"] == j]) for x in pictures for j in np.unique(x["prototype"])]
-        axes[2].hist(np.concatenate(within), bins=60, density=True, histtype="step", color=colour, label=method)
-    axes[2].set(yticks=[], title="distances within these prototypes")
-    axes[2].legend(frameon=False)
-    figure.savefig(args.img / "prototypes.png")
+    figure.savefig(path)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,22 @@
 """Every loss against a plain loop in float64, in value and gradient, and against closed forms."""
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import unit
 
 import losses
 
 N, C, Q, P = 12, 6, 20, 9
 
 
-def unit(*shape, seed=0):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=1)
-
-
 def batch():
     """q, k, assignments with duplicates, prototypes, concentration."""
     assignments = torch.tensor([0, 3, 3, 5, 0, 8, 3, 1, 1, 7, 5, 0])
-    return unit(N, C, seed=1), unit(N, C, seed=2), assignments, unit(P, C, seed=3), torch.linspace(0.1, 0.9, P).double()
+    phi = torch.linspace(0.1, 0.9, P).double()
+    return unit(N, C, seed=1), unit(N, C, seed=2), assignments, unit(P, C, seed=3), phi
 
 
 def same(function, plain, *inputs):
@@ -35,11 +34,12 @@ def dot(a, b):
     return sum(x * y for x, y in zip(a, b))
 
 
-def loop_info_nce(q, k, queue, temperature):
+def loop_info_nce(q, k, queue, temperature, excluded=None):
     total = 0
     for i in range(len(q)):
         positive = torch.exp(dot(q[i], k[i]) / temperature)
-        negatives = sum(torch.exp(dot(q[i], queue[:, j]) / temperature) for j in range(queue.shape[1]))
+        negatives = sum(torch.exp(dot(q[i], queue[:, j]) / temperature)
+                        for j in range(queue.shape[1]) if excluded is None or not excluded[i, j])
         total = total - torch.log(positive / (positive + negatives))
     return total / len(q)
 
@@ -60,27 +60,60 @@ def loop_features(z, assignments):
     return torch.stack(rows)
 
 
-def loop_correlation(p, p_positive, off_diagonal):
+def loop_deviations(z, prototypes, assignments):
+    return torch.stack([torch.stack([z[i, e] - prototypes[s, e] for e in range(z.shape[1])])
+                        for i, s in enumerate(assignments.tolist())])
+
+
+def loop_uniformity(z, t):
+    pairs = [-t * dot(z[i] - z[j], z[i] - z[j])
+             for i in range(len(z)) for j in range(len(z)) if i != j]
+    largest = max(pairs).detach()  # so that exp does not underflow
+    return largest + torch.log(sum(torch.exp(pair - largest) for pair in pairs) / len(pairs))
+
+
+def loop_correlation(d, d_positive, off_diagonal):
     def standardised(x):
         columns = []
-        for d in range(x.shape[1]):
-            mean = sum(x[:, d]) / len(x)
-            variance = sum((value - mean) ** 2 for value in x[:, d]) / len(x)
-            columns.append([(value - mean) / torch.sqrt(variance + 1e-5) for value in x[:, d]])
+        for e in range(x.shape[1]):
+            mean = sum(x[:, e]) / len(x)
+            variance = sum((value - mean) ** 2 for value in x[:, e]) / len(x)
+            columns.append([(value - mean) / torch.sqrt(variance + 1e-5) for value in x[:, e]])
         return columns
-    a, b = standardised(p), standardised(p_positive)
+    a, b = standardised(d), standardised(d_positive)
     total = 0
-    for d in range(len(a)):
-        for e in range(len(a)):
-            r = dot(a[d], b[e]) / len(p)
-            total = total + ((1 - r) ** 2 if d == e else off_diagonal * r ** 2)
+    for e in range(len(a)):
+        for f in range(len(a)):
+            r = dot(a[e], b[f]) / len(d)
+            total = total + ((1 - r) ** 2 if e == f else off_diagonal * r ** 2)
     return total / len(a)
+
+
+# -------------------------------------------------------------------------------------------- NCE
 
 
 def test_info_nce_equals_plain_loop():
     q, k, *_ = batch()
     queue = unit(Q, C, seed=4).T
-    same(lambda q: losses.info_nce(q, k, queue, 0.2)[0], lambda q: loop_info_nce(q, k, queue, 0.2), q)
+    same(lambda q, k: losses.info_nce(q, k, queue, 0.2)[0],
+         lambda q, k: loop_info_nce(q, k, queue, 0.2), q, k)
+
+
+def test_info_nce_without_excluded_keys_equals_plain_loop():
+    q, k, *_ = batch()
+    queue = unit(Q, C, seed=4).T
+    excluded = torch.rand(N, Q, generator=torch.Generator().manual_seed(0)) < 0.3
+    excluded[2] = True  # no negative is left: nothing to lose
+    same(lambda q, queue: losses.info_nce(q, k, queue, 0.2, excluded)[0],
+         lambda q, queue: loop_info_nce(q, k, queue, 0.2, excluded), q, queue)
+
+
+def test_a_query_without_negatives_has_info_nce_of_zero_with_zero_gradient():
+    q, k, *_ = batch()
+    q.requires_grad_()
+    loss, accuracy = losses.info_nce(q, k, unit(Q, C).T, 0.2, torch.ones(N, Q, dtype=torch.bool))
+    assert loss.item() == 0 and accuracy.item() == 1
+    assert torch.autograd.grad(loss, q)[0].abs().max() == 0
 
 
 def test_info_nce_of_identical_logits_is_log_of_their_number():
@@ -91,7 +124,7 @@ def test_info_nce_of_identical_logits_is_log_of_their_number():
 
 def test_info_nce_accuracy_counts_positives_with_the_largest_logit():
     q = torch.eye(4)
-    queue = torch.eye(4)[:, :1]  # the first query's own direction, so that its negative beats its key
+    queue = torch.eye(4)[:, :1]  # the first query's own direction: its negative beats its key
     k = torch.eye(4)
     k[0] = torch.tensor([0.6, 0.8, 0, 0])
     assert losses.info_nce(q, k, queue, 0.2)[1].item() == 0.75
@@ -103,18 +136,21 @@ def test_proto_nce_over_all_prototypes_equals_plain_loop():
          lambda q, c: loop_proto_nce(q, c, phi, assignments, range(P)), q, prototypes)
 
 
-@pytest.mark.parametrize("num_negatives", [0, 1, 2, 3, 8])  # 6 of 9 prototypes are touched: 3 others
+@pytest.mark.parametrize("num_negatives", [0, 1, 2, 3, 8])  # 6 of 9 are touched: 3 others
 def test_sampled_proto_nce_equals_plain_loop_over_its_set(num_negatives):
     q, _, assignments, prototypes, phi = batch()
+
+    def sampled(q, prototypes):
+        random = torch.Generator().manual_seed(5)
+        return losses.proto_nce(q, prototypes, phi, assignments, num_negatives, random)[0]
     prototypes.requires_grad_()
-    loss, _ = losses.proto_nce(q, prototypes, phi, assignments, num_negatives, torch.Generator().manual_seed(5))
-    gradient, = torch.autograd.grad(loss, prototypes)
-    chosen = set(gradient.abs().sum(1).nonzero()[:, 0].tolist())  # the prototypes that took part
+    gradient, = torch.autograd.grad(sampled(q, prototypes), prototypes)
+    chosen = set(gradient.abs().sum(1).nonzero()[:, 0].tolist())  # those that took part
     touched = set(assignments.tolist())
-    assert touched <= chosen and len(chosen) == len(touched) + min(num_negatives, P - len(touched))
-    same(lambda q: losses.proto_nce(q, prototypes.detach(), phi, assignments, num_negatives,
-                                    torch.Generator().manual_seed(5))[0],
-         lambda q: loop_proto_nce(q, prototypes.detach(), phi, assignments, chosen), q)
+    assert touched <= chosen
+    assert len(chosen) == len(touched) + min(num_negatives, P - len(touched))
+    same(sampled, lambda q, c: loop_proto_nce(q, c, phi, assignments, chosen),
+         q, prototypes.detach())
 
 
 def test_proto_nce_draws_every_other_prototype_equally_often():
@@ -129,18 +165,19 @@ def test_proto_nce_draws_every_other_prototype_equally_often():
 
 
 def test_perfect_batch_mates_of_one_prototype_have_proto_nce_near_zero():
-    prototypes = torch.eye(C).double()
+    prototypes, assignments = torch.eye(C).double(), torch.tensor([2, 2, 2])
     phi = torch.full((C,), 0.05).double()
     for num_negatives in (None, 2):
-        loss, accuracy = losses.proto_nce(prototypes[[2, 2, 2]], prototypes, phi, torch.tensor([2, 2, 2]), num_negatives,
-                                          torch.Generator().manual_seed(0))
+        loss, accuracy = losses.proto_nce(prototypes[assignments], prototypes, phi, assignments,
+                                          num_negatives, torch.Generator().manual_seed(0))
         assert 0 <= loss.item() < 1e-6 and accuracy.item() == 1
 
 
 def test_proto_nce_of_identical_logits_is_log_of_their_number():
     q, _, assignments, _, _ = batch()
     prototypes = F.normalize(torch.ones(P, C, dtype=torch.float64), dim=1)
-    loss, _ = losses.proto_nce(q, prototypes, torch.full((P,), 0.3).double(), assignments, 2, torch.Generator().manual_seed(0))
+    loss, _ = losses.proto_nce(q, prototypes, torch.full((P,), 0.3).double(), assignments, 2,
+                               torch.Generator().manual_seed(0))
     assert loss.item() == pytest.approx(math.log(6 + 2), rel=1e-12)
 
 
@@ -151,6 +188,9 @@ def test_proto_nce_refuses_an_assignment_out_of_range(num_negatives):
         losses.proto_nce(q, prototypes, phi, torch.full((N,), P), num_negatives)
 
 
+# -------------------------------------------------------------------------------- PAUC's terms
+
+
 def test_prototype_features_equal_plain_loop():
     q, _, assignments, *_ = batch()
     weights = unit(6, C, seed=7)
@@ -159,11 +199,19 @@ def test_prototype_features_equal_plain_loop():
     assert losses.prototype_features(q, assignments)[1].tolist() == [0, 1, 3, 5, 7, 8]
 
 
+def test_deviations_equal_plain_loop():
+    q, _, assignments, prototypes, _ = batch()
+    weights = unit(N, C, seed=7)
+    same(lambda q: (losses.deviations(q, prototypes, assignments) * weights).sum(),
+         lambda q: (loop_deviations(q, prototypes, assignments) * weights).sum(), q)
+
+
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
 def test_alignment_equals_plain_loop(alpha):
     def plain(p, p_positive):
         return sum(dot(a - b, a - b) ** (alpha / 2) for a, b in zip(p, p_positive)) / len(p)
-    same(lambda p, p_positive: losses.alignment(p, p_positive, alpha), plain, unit(5, C, seed=1), unit(5, C, seed=2))
+    same(lambda p, p_positive: losses.alignment(p, p_positive, alpha), plain,
+         unit(5, C, seed=1), unit(5, C, seed=2))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0])
@@ -175,60 +223,80 @@ def test_alignment_of_equal_features_is_zero_with_zero_gradient(alpha):
 
 @pytest.mark.parametrize("t", [2.0, 500.0])
 def test_uniformity_equals_plain_loop(t):
-    def plain(p):
-        pairs = [-t * dot(p[j] - p[l], p[j] - p[l]) for j in range(len(p)) for l in range(len(p)) if j != l]
-        largest = max(pairs).detach()  # so that exp does not underflow
-        return largest + torch.log(sum(torch.exp(pair - largest) for pair in pairs) / len(pairs))
-    same(lambda p: losses.uniformity(p, t), plain, unit(7, C))
+    same(lambda z: losses.uniformity(z, t), lambda z: loop_uniformity(z, t), unit(7, C))
 
 
-def test_uniformity_of_equal_features_is_zero_with_finite_gradient():
-    p = unit(1, C).repeat(4, 1).requires_grad_()
-    loss = losses.uniformity(p)
-    assert loss.item() == pytest.approx(0, abs=1e-12) and torch.autograd.grad(loss, p)[0].isfinite().all()
+def test_uniformity_of_equal_images_is_zero_with_finite_gradient():
+    z = unit(1, C).repeat(4, 1).requires_grad_()
+    loss = losses.uniformity(z)
+    assert loss.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(loss, z)[0].isfinite().all()
 
 
 @pytest.mark.parametrize("off_diagonal", [0.0, 0.005, 0.3, 1.0])
-def test_correlation_equals_plain_loop(off_diagonal):
-    same(lambda p, p_positive: losses.correlation(p, p_positive, off_diagonal),
-         lambda p, p_positive: loop_correlation(p, p_positive, off_diagonal), unit(8, C, seed=1), unit(8, C, seed=2))
+def test_correlation_of_deviations_equals_plain_loop(off_diagonal):
+    q, k, assignments, prototypes, _ = batch()
+
+    def term(q, k):
+        d, d_positive = (losses.deviations(z, prototypes, assignments) for z in (q, k))
+        return losses.correlation(d, d_positive, off_diagonal)
+
+    def plain(q, k):
+        d, d_positive = (loop_deviations(z, prototypes, assignments) for z in (q, k))
+        return loop_correlation(d, d_positive, off_diagonal)
+    same(term, plain, q, k)
 
 
-def test_correlation_of_decorrelated_equal_features_is_near_zero():
-    p = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]).double()
-    assert losses.correlation(p, p).item() < 1e-9
+def test_correlation_of_decorrelated_equal_deviations_is_near_zero():
+    d = torch.tensor([[a, b, c] for a in (-1, 1) for b in (-1, 1) for c in (-1, 1)]).double()
+    assert losses.correlation(d, d).item() < 1e-9
 
 
-def test_one_prototype_gives_zero_and_a_gradient_of_zero():
-    p = unit(1, C).requires_grad_()
-    for loss in (losses.uniformity(p), losses.correlation(p, p.detach())):
-        assert loss.item() == 0 and torch.autograd.grad(loss, p)[0].abs().max() == 0
+def test_correlation_of_equal_dimensions_is_their_share_of_the_off_diagonal():
+    d = torch.randn(50, 1, generator=torch.Generator().manual_seed(0)).double().expand(50, 4)
+    assert losses.correlation(d, d, 0.3).item() == pytest.approx(0.3 * 3, rel=1e-3)
+
+
+def test_a_batch_of_one_image_gives_zero_and_a_gradient_of_zero():
+    z = unit(1, C).requires_grad_()
+    for loss in (losses.uniformity(z), losses.correlation(z, z.detach())):
+        assert loss.item() == 0 and torch.autograd.grad(loss, z)[0].abs().max() == 0
+
+
+# -------------------------------------------------------------------------------------- all of them
+
+
+def every_loss(q, k, assignments, prototypes, phi):
+    (p, _), (p_positive, _) = (losses.prototype_features(z, assignments) for z in (q, k))
+    d, d_positive = (losses.deviations(z, prototypes, assignments) for z in (q, k))
+    return torch.stack([losses.info_nce(q, k, prototypes.T, 0.2)[0],
+                        losses.proto_nce(q, prototypes, phi, assignments)[0],
+                        losses.alignment(p, p_positive), losses.uniformity(q),
+                        losses.correlation(d, d_positive)])
 
 
 def test_losses_do_not_depend_on_the_order_of_the_batch():
     q, k, assignments, prototypes, phi = batch()
     order = torch.randperm(N, generator=torch.Generator().manual_seed(0))
-
-    def all_terms(q, k, s):
-        (p, _), (p_positive, _) = losses.prototype_features(q, s), losses.prototype_features(k, s)
-        return torch.stack([losses.proto_nce(q, prototypes, phi, s)[0], losses.alignment(p, p_positive),
-                            losses.uniformity(p), losses.correlation(p, p_positive)])
-    torch.testing.assert_close(all_terms(q, k, assignments), all_terms(q[order], k[order], assignments[order]))
+    torch.testing.assert_close(every_loss(q, k, assignments, prototypes, phi),
+                               every_loss(q[order], k[order], assignments[order], prototypes, phi))
 
 
 def test_losses_keep_float32():
-    q, k, assignments, prototypes, phi = (x.float() if x.is_floating_point() else x for x in batch())
-    p, _ = losses.prototype_features(q, assignments)
-    for loss in (losses.info_nce(q, k, prototypes.T, 0.2)[0], losses.proto_nce(q, prototypes, phi, assignments, 1)[0],
-                 losses.alignment(p, -p), losses.uniformity(p), losses.correlation(p, -p)):
-        assert loss.dtype == torch.float32
+    values = every_loss(*(x.float() if x.is_floating_point() else x for x in batch()))
+    assert values.dtype == torch.float32
+    torch.testing.assert_close(values.double(), every_loss(*batch()), rtol=1e-4, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ figures of a clustering
 
 
 def loop_concentration(distances, assignments, num_prototypes, temperature):
     phi = []
     for j in range(num_prototypes):
         members = [d.item() for d, s in zip(distances, assignments) if s == j]
-        phi.append(sum(members) / len(members) / math.log(len(members) + 10) if len(members) > 1 else None)
+        phi.append(sum(members) / len(members) / math.log(len(members) + 10)
+                   if len(members) > 1 else None)
     largest = max(value for value in phi if value is not None)
     phi = sorted((largest if value is None else value, j) for j, value in enumerate(phi))
     values = [value for value, _ in phi]
@@ -236,17 +304,22 @@ def loop_concentration(distances, assignments, num_prototypes, temperature):
     def percentile(share):
         place = share * (len(values) - 1)
         low = int(place)
-        return values[low] + (place - low) * (values[min(low + 1, len(values) - 1)] - values[low])
+        high = min(low + 1, len(values) - 1)
+        return values[low] + (place - low) * (values[high] - values[low])
     clipped = {j: min(max(value, percentile(0.1)), percentile(0.9)) for value, j in phi}
     mean = sum(clipped.values()) / len(clipped)
-    return torch.tensor([max(temperature * clipped[j] / mean, temperature / 10) for j in range(num_prototypes)])
+    return torch.tensor([max(temperature * clipped[j] / mean, temperature / 10)
+                         for j in range(num_prototypes)])
 
 
 def test_concentration_equals_plain_loop_with_empty_and_single_clusters():
-    assignments = torch.tensor([0] * 9 + [1] * 5 + [2] + [4] * 7 + [5] * 3 + [6] * 2)  # 2 is single, 3 and 7 are empty
-    distances = torch.rand(len(assignments), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sizes = [9, 5, 1, 0, 7, 3, 2, 0]
+    assignments = torch.arange(8).repeat_interleave(torch.tensor(sizes))
+    random = torch.Generator().manual_seed(0)
+    distances = torch.rand(len(assignments), generator=random, dtype=torch.float64)
     phi = losses.concentration(distances, assignments, 8, 0.2)
-    torch.testing.assert_close(phi, loop_concentration(distances, assignments, 8, 0.2).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(phi, loop_concentration(distances, assignments, 8, 0.2).double(),
+                               rtol=1e-6, atol=0)
     assert phi.mean().item() == pytest.approx(0.2)
     assert phi[2] == phi[3] == phi[7] == phi.max()
 
@@ -257,6 +330,48 @@ def test_concentration_of_duplicates_alone_is_the_temperature():
 
 
 def test_concentration_is_never_under_a_tenth_of_the_temperature():
-    assignments = torch.arange(40) % 10
-    phi = losses.concentration((assignments > 4).float(), assignments, 10, 0.2)  # half of the clusters are duplicates
+    assignments = torch.arange(40) % 10  # half of the clusters are duplicates
+    phi = losses.concentration((assignments > 4).float(), assignments, 10, 0.2)
     assert phi.min().item() == pytest.approx(0.02) and phi.max().item() == pytest.approx(0.4)
+
+
+def test_coagulation_figures_equal_plain_loops():
+    v, prototypes = unit(40, 5), unit(5, 5, seed=1)
+    assignments = torch.tensor([0] * 20 + [1] * 12 + [3] * 7 + [4])
+    figures = losses.coagulation(v, assignments, prototypes)
+
+    def spread(x):
+        return np.mean([((a - b) ** 2).sum().item()
+                        for i, a in enumerate(x) for j, b in enumerate(x) if i != j])
+    expected = np.mean([spread(v[assignments == j]) for j in (0, 1, 3)])
+    shares = np.array([20, 12, 7, 1]) / 40
+    assert figures == pytest.approx(dict(
+        diversity=expected, separation=spread(prototypes), empty=1,
+        balance=-(shares * np.log(shares)).sum() / np.log(5)))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_figure_of_a_collapsed_clustering_is_negative_by_rounding(seed):
+    one = unit(1, 128, seed=seed).float()
+    figures = losses.coagulation(one.expand(50, -1), torch.arange(50) % 3, one.expand(3, -1))
+    assert all(0 <= value < 1.01 for value in figures.values()), figures
+    assert figures["diversity"] < 1e-5 and figures["separation"] < 1e-5
+    assert losses.uniformity(one.expand(50, -1)).item() < 1e-5  # it is at most 0, but for this
+
+
+def test_effective_rank_of_equal_axes_is_their_number():
+    axes = torch.cat([torch.eye(6), -torch.eye(6)])
+    assert losses.effective_rank(axes) == pytest.approx(6)
+
+
+def test_effective_rank_of_a_point_is_one():
+    assert losses.effective_rank(torch.ones(9, 4)) == pytest.approx(1)
+
+
+def test_effective_rank_of_unequal_axes_is_exp_of_their_entropy():
+    values = np.array([4.0, 2, 1])
+    v = torch.cat([torch.tensor(values).diag(), -torch.tensor(values).diag()])
+    shares = values / values.sum()
+    expected = np.exp(-(shares * np.log(shares)).sum())
+    assert losses.effective_rank(v) == pytest.approx(expected)
+    assert losses.effective_rank(v.repeat_interleave(10, dim=0), most=30) == pytest.approx(expected)
