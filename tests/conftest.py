@@ -16,11 +16,14 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second one slows small networks down
+for name in [name for name in os.environ if name.startswith(("SLURM_", "TORCHELASTIC_"))]:
+    del os.environ[name]  # the tests are no job of a cluster's, wherever they run
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 import torch.multiprocessing
 import torch.nn.functional as F
 from PIL import Image
@@ -30,7 +33,6 @@ import losses
 
 REPO = Path(__file__).parent.parent
 SMALL = ["--device", "cpu", "--arch", "shufflenet_v2_x0_5"]
-TORCHRUN = sys.executable, "-m", "torch.distributed.run"
 
 
 # ------------------------------------------------------------------------------------- processes
@@ -41,7 +43,8 @@ def fork_server():
     """A process without threads that has imported all that runs need, and forks in no time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conftest", "pretrain", "lincls", "faiss", "PIL.Image",
-                                    "sklearn.model_selection", "torch.utils.tensorboard"])
+                                    "sklearn.model_selection", "torch.distributed.run",
+                                    "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{Path(__file__).parent}")
         multiprocessing.forkserver.ensure_running()
@@ -55,13 +58,17 @@ def in_processes(function, world_size, *args):
                                           start_method="forkserver")
 
 
-def forked(script, argv, patch, said):
-    """What a process that Running has forked does: as `python SCRIPT ARGV`, after `patch`."""
+def forked(script, argv, patch, torchrun, mark, said):
+    """What a process that Running has forked does: as `python SCRIPT ARGV`, after `patch`, or as
+    torchrun, whose processes are not forked."""
     os.setsid()
     os.chdir(REPO)
+    os.environ |= mark
     for number in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
     torch.set_num_threads(1)
+    if torchrun:
+        return torch.distributed.run.main([*torchrun, script, *argv])
     import builder
     import pretrain
     start = torch.multiprocessing.start_processes
@@ -75,23 +82,24 @@ def forked(script, argv, patch, said):
 class Running:
     """A script in the background, in a session of its own, with what it says in a file.
 
-    patch: Python that is run in it before its main. launcher: a command to start it by, in place of
-    a fork.
+    patch: Python that is run in it before its main. torchrun: flags of torchrun, which then starts
+    it. command: one to start it by, in place of a fork.
     """
 
-    def __init__(self, output, flags, patch="", launcher=None, script="pretrain.py", env=()):
+    def __init__(self, output, flags, patch="", torchrun=(), command=None, script="pretrain.py"):
         self.output, self.said = output, output.with_suffix(".said")
         output.parent.mkdir(exist_ok=True)
-        argv = [*map(str, flags), "--output", str(output)]
-        with open(self.said, "a") as said:
-            if launcher is None:
-                self.process = fork_server().Process(target=forked,
-                                                     args=(script, argv, patch, self.said))
-                self.process.start()
-            else:
+        self.said.touch()
+        argv, mark = [*map(str, flags), "--output", str(output)], {"PAUC_TEST": str(output)}
+        if command:
+            with open(self.said, "a") as said:
                 self.process = subprocess.Popen(
-                    [*launcher, script, *argv], cwd=REPO, stdout=said, stderr=said,
-                    start_new_session=True, env=os.environ | {"PAUC_TEST": output} | dict(env))
+                    [*command, script, *argv], cwd=REPO, stdout=said, stderr=said,
+                    start_new_session=True, env=os.environ | mark)
+        else:
+            inputs = script, argv, patch, torchrun, mark, self.said
+            self.process = fork_server().Process(target=forked, args=inputs)
+            self.process.start()
         self.pid = self.process.pid
 
     def status(self):

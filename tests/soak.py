@@ -1,25 +1,23 @@
-"""Kill pre-training with SIGKILL at random moments, and see that it ends bit for bit where an uninterrupted run does.
+"""Kill pre-training with SIGKILL at random moments, and see that it ends bit for bit where an
+uninterrupted run does.
 
-    python tests/soak.py                # 20 kills: 0 and 2 data workers, 1 and 2 processes, 5 kills each
+    python tests/soak.py                # 20 kills: 0 and 2 data workers, 1 and 2 processes, 5 each
     python tests/soak.py --kills 10     # in each of the four
 """
 import argparse
-import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-from conftest import REPO, SMALL, descendants, read_log, same_ending, untimed
-from PIL import Image
-from sklearn.datasets import load_digits
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-FLAGS = [*SMALL, "--crop-size", "8", "--batch-size", "64", "--epochs", "4", "--warmup-epochs", "1",
-         "--num-clusters", "20", "40", "--queue-size", "256", "--print-every", "2", "--save-every", "3", "--resume", "auto"]
+from conftest import SMALL, Running, read_log, same_ending, untimed, write_image_folder
+
+FLAGS = [*SMALL, "--crop-size", 8, "--batch-size", 64, "--epochs", 4, "--warmup-epochs", 1,
+         "--num-clusters", 20, 40, "--queue-size", 256, "--print-every", 2, "--save-every", 3,
+         "--resume", "auto"]
 
 
 def main():
@@ -29,52 +27,42 @@ def main():
     args = parser.parse_args()
     random.seed(args.seed)
     with tempfile.TemporaryDirectory() as root:
-        images = write_images(Path(root) / "images")
+        images = write_image_folder(Path(root) / "images", 576, 64)
         for workers in (0, 2):
             for nproc in (1, 2):
-                flags = [str(images), *FLAGS, "--workers", str(workers), "--nproc", str(nproc)]
+                flags = [images, *FLAGS, "--workers", workers, "--nproc", nproc]
                 soak(Path(root) / f"{workers}-{nproc}", flags, args.kills)
-
-
-def write_images(root):
-    digits = load_digits()
-    for i, (image, label) in enumerate(zip(digits.images[:640], digits.target)):
-        folder = root / ("train" if i < 576 else "val") / str(label)
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray((image * 15).astype(np.uint8)).save(folder / f"{i}.png")
-    return root
 
 
 def soak(root, flags, kills):
     start = time.time()
-    assert launch(root / "whole", flags).wait() == 0, (root / "whole.said").read_text()
+    finish(root / "whole", flags)
     length = time.time() - start
     for kill in range(kills):
-        output = root / f"killed-{kill}"
-        process, moment = launch(output, flags), random.uniform(0, length)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            for pid in (process.pid, *descendants(process.pid)):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:  # it ended by itself as its parent went
-                    continue
-            process.wait()
+        output, moment = root / f"killed-{kill}", random.uniform(0, length)
+        run = launch(output, flags)
+        until = time.time() + moment
+        while run.status() is None and time.time() < until:
+            time.sleep(0.01)
+        run.kill()
         log = output / "log.jsonl"
         lines = len(log.read_bytes().splitlines()) if log.exists() else 0
-        assert launch(output, flags).wait() == 0, output.with_suffix(".said").read_text()
+        finish(output, flags)
         same_ending(output, root / "whole")
         assert untimed(read_log(output)) == untimed(read_log(root / "whole"))
-        print(f"{root.name} (workers-processes): killed after {moment:.1f} s of {length:.1f}, with {lines} of "
-              f"{len(read_log(output))} lines in the log: the same end, bit for bit, and the same log", flush=True)
+        print(f"{root.name} (workers-processes): killed after {moment:.1f} s of {length:.1f}, with "
+              f"{lines} of {len(read_log(output)) + 1} lines in the log: the same end, bit for "
+              f"bit, and the same log", flush=True)
 
 
 def launch(output, flags):
-    output.parent.mkdir(exist_ok=True)
-    with open(output.with_suffix(".said"), "a") as said:
-        return subprocess.Popen([sys.executable, "pretrain.py", *flags, "--output", output], cwd=REPO, stdout=said, stderr=said,
-                                env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return Running(output, flags, command=[sys.executable])
+
+
+def finish(output, flags):
+    run = launch(output, flags)
+    status, said = run.end(600)
+    assert status == 0, said
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ logistic regression on the frozen backbone, the mean of 5 draws of 2 or 10 label
 import argparse
 import copy
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -58,7 +57,7 @@ TITLES = dict(linear="linear", knn="kNN", linear_10="10 labels", linear_2="2 lab
               test_linear_2="test 2 labels", ami="AMI", diversity="diversity",
               effective_rank="effective rank")  # the columns of a table
 DIGITS = dict(ami=3, diversity=3)  # of the others 1, of their differences 2
-QUICK = "MoCo", "MoCo + uniformity", "PCL, P = 5", "PAUC, P = 5", "PAUC"
+QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, P = 5"], images=["PAUC"])
 read, pauc = loader.load, pretrain.pauc  # the project's own
 
 
@@ -85,7 +84,7 @@ def parse_args(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     if args.quick:
         args.grid, args.seeds, args.steps = ["hierarchy", "main"], 2, 60
-        args.images, args.val_images, args.probe_epochs = 128, 64, 1
+        args.images, args.val_images, args.probe_epochs = 128, 50, 1
         args.flags = ["--dataset", "digits", "--arch", "shufflenet_v2_x0_5", "--epochs", "2",
                       "--warmup-epochs", "1", *args.flags]
     if not args.num_clusters:
@@ -105,36 +104,53 @@ MOCO = flags(proto=0, align=0, uniform=0, corr=0)
 MOCO_UNIFORM = flags(proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
 PCL = flags(align=0, uniform=0, corr=0)
 TERMS = "align", "uniform", "corr"
+PROTOTYPES = "5", "10", "100", "400", "1000"  # on the hierarchy
 
 
 def grids():
     """{grid: {method: (flags of pretrain, form or None, the methods that it is held against)}}."""
-    main = {"MoCo": (MOCO, None, []), "MoCo + uniformity": (MOCO_UNIFORM, None, ["MoCo"]),
-            "PCL": (PCL, None, ["MoCo"]), "PAUC": ([], None, ["MoCo", "MoCo + uniformity", "PCL"])}
-    few = at(["4"]) | at(["10", "40"])
-    terms = {f"PAUC without {term}": (flags(**{term: 0}), None, ["PAUC"])
-             for term in ("proto", *TERMS)}
-    weights = {f"PAUC, weights {w:g}": (flags(align=w, uniform=w, corr=w), None, ["PCL", "PAUC"])
-               for w in (0.1, 0.3, 1)}
-    forms = {f"PAUC, {name}": ([], name, ["PAUC"]) for name in FORMS}
+    moco = {"MoCo": (MOCO, None, []), "MoCo + uniformity": (MOCO_UNIFORM, None, ["MoCo"])}
     hierarchy = {name: (["--num-clusters", "10", *own], form, bases)
-                 for name, (own, form, bases) in main.items() if name.startswith("MoCo")}
-    for P in ("5", "10", "100", "400", "1000"):
-        more = {"PCL x 3": (flags(proto=3, align=0, uniform=0, corr=0), None),
-                **{name: (own, None) for name, (own, *_) in (weights | terms).items()},
-                **{f"PCL + {term}": (flags(**dict.fromkeys({*TERMS} - {term}, 0)), None)
-                   for term in TERMS},
-                **{name: (own, form) for name, (own, form, _) in forms.items()}}
-        hierarchy |= at([P]) | {f"{name}, P = {P}": (["--num-clusters", P, *own], form, [])
-                                for name, (own, form) in more.items()}
-    return dict(hierarchy=hierarchy, main=main, few=few, terms=terms, weights=weights, forms=forms)
+                 for name, (own, form, bases) in moco.items()}
+    more = {}
+    for P in PROTOTYPES:
+        hierarchy |= methods([P]) | variants(forms(), [P])
+        more |= variants({"PCL, ProtoNCE x 3": (flags(proto=3, align=0, uniform=0, corr=0), None)}
+                         | weights() | alone() | left_out(), [P])
+    return dict(main=moco | methods(), few=methods(["4"]) | methods(["10", "40"]),
+                weights=variants(weights()), terms=variants(alone() | left_out()),
+                forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more)
 
 
-def at(sizes):
-    """PCL and PAUC with so many prototypes."""
-    own, given = f"P = {', '.join(sizes)}", ["--num-clusters", *sizes]
-    return {f"PCL, {own}": ([*given, *PCL], None, ["MoCo"]),
-            f"PAUC, {own}": (given, None, ["MoCo", "MoCo + uniformity", f"PCL, {own}"])}
+def methods(sizes=()):
+    """PCL and PAUC, with so many prototypes."""
+    return (variants({"PCL": (PCL, None)}, sizes, ["MoCo"])
+            | variants({"PAUC": ([], None)}, sizes, ["MoCo", "MoCo + uniformity", "PCL"]))
+
+
+def variants(named, sizes=(), bases=("PCL", "PAUC")):
+    """Methods with so many prototypes, held against `bases`, of which PCL and PAUC have as many."""
+    more = ["--num-clusters", *sizes] if sizes else []
+    own = f", P = {', '.join(sizes)}" if sizes else ""
+    bases = [base if base.startswith("MoCo") else base + own for base in bases]
+    return {name + own: ([*more, *given], form, bases) for name, (given, form) in named.items()}
+
+
+def weights():
+    return {f"PAUC, weights {w:g}": (flags(align=w, uniform=w, corr=w), None) for w in (0.1, 1)}
+
+
+def alone():
+    return {f"PCL + {term}": (flags(**dict.fromkeys({*TERMS} - {term}, 0)), None)
+            for term in TERMS}
+
+
+def left_out():
+    return {f"PAUC without {term}": (flags(**{term: 0}), None) for term in ("proto", *TERMS)}
+
+
+def forms():
+    return {f"PAUC, {name}": ([], name) for name in FORMS}
 
 
 # ------------------------------------------------------------------- other forms of the three terms
@@ -160,46 +176,21 @@ def without(args, *terms):
     return args
 
 
-def instead(name, term):
-    """pauc with the mean over clusterings of term(batch, clustering, args) as its term `name`."""
-    def form(batch, clusterings, args):
-        loss, figures = pauc(batch, clusterings, without(args, name))
-        for clustering in clusterings:
-            share = getattr(args, name) / len(clusterings)
-            loss = loss + share * term(batch, clustering, args)
-        return loss, figures
-    return form
+def uniformity_within(batch, clusterings, args):
+    """Uniformity over the pairs of images of one prototype alone, the mean over clusterings:
+    log mean_{i != l, s(i) = s(l)} exp( -t ||q_i - q_l||^2 )."""
+    loss, figures = pauc(batch, clusterings, without(args, "uniform"))
+    distances = 2 - 2 * batch.q @ batch.q.T  # NxN
+    for clustering in clusterings:
+        s = clustering[0][batch.index].to(batch.q.device)
+        pairs = (s[:, None] == s).fill_diagonal_(False)
+        if pairs.any():
+            term = (-args.uniform_t * distances[pairs]).logsumexp(0) - pairs.sum().log()
+            loss = loss + args.uniform * term / len(clusterings)
+    return loss, figures
 
 
-def uniformity_within(batch, clustering, args):
-    """log mean exp( -t ||q_i - q_l||^2 ) over the pairs of images of one prototype."""
-    s = clustering[0][batch.index].to(batch.q.device)
-    pairs = (s[:, None] == s).fill_diagonal_(False)
-    if not pairs.any():
-        return 0 * batch.q.sum()
-    distances = 2 - 2 * batch.q @ batch.q.T
-    return (-args.uniform_t * distances[pairs]).logsumexp(0) - pairs.sum().log()
-
-
-def uniformity_of_neighbours(batch, clustering, args, most=16):
-    """The same over each image and its nearest ones in the batch."""
-    distances = (2 - 2 * batch.q @ batch.q.T).fill_diagonal_(math.inf)
-    near = distances.topk(min(most, len(distances) - 1), largest=False).values
-    return (-args.uniform_t * near).flatten().logsumexp(0) - math.log(near.numel())
-
-
-def correlation_projected(batch, clustering, args):
-    """Of d_i - (d_i.c)c: the deviations without their part along the prototype."""
-    c = clustering[1][clustering[0][batch.index].to(batch.q.device)]
-    deviations = (z - c for z in (batch.q, batch.k))
-    d, d_positive = (d - (d * c).sum(1, keepdim=True) * c for d in deviations)
-    return losses.correlation(d, d_positive, args.corr_lambda)
-
-
-FORMS = {"first reading": first_reading,
-         "uniformity within prototypes": instead("uniform", uniformity_within),
-         "uniformity of neighbours": instead("uniform", uniformity_of_neighbours),
-         "projected deviations": instead("corr", correlation_projected)}
+FORMS = {"first reading": first_reading, "uniformity within": uniformity_within}
 
 
 # ------------------------------------------------------------------------ a hierarchy of Gaussians
@@ -442,10 +433,11 @@ def main(argv=None):
     pretrain.parse_args(args.flags)  # wrong ones end here
     signal.signal(signal.SIGTERM, end)
     args.output.mkdir(parents=True, exist_ok=True)
-    images = [grid for grid in args.grid if grid != "hierarchy"]
+    images = [grid for grid in args.grid if not grid.startswith("hierarchy")]
+    vectors = [grid for grid in args.grid if grid.startswith("hierarchy")]
     failed = 0
-    if "hierarchy" in args.grid:
-        failed += run_all("hierarchy", ["hierarchy"], on_hierarchy, dict(steps=args.steps), args)
+    if vectors:
+        failed += run_all("hierarchy", vectors, on_hierarchy, dict(steps=args.steps), args)
     if images:
         names = "flags", "images", "val_images", "num_clusters", "probe_lr", "probe_epochs"
         failed += run_all("images", images, on_images, {n: getattr(args, n) for n in names}, args)
@@ -467,8 +459,9 @@ def run_all(title, chosen, function, settings, args):
                  f"another --output")
     before.write_text(json.dumps(settings))
     records, todo = read_runs(lines), []
-    methods = {name: method for grid in chosen for name, method in grids()[grid].items()
-               if not args.quick or name in QUICK and (title == "hierarchy" or name == "PAUC")}
+    methods = {name: method for grid in chosen for name, method in grids()[grid].items()}
+    if args.quick:
+        methods = {name: methods[name] for name in QUICK[title]}
     wanted = "test_linear" if args.test and title == "images" else "linear"
     seeds = 1 if args.quick and title == "images" else args.seeds
     for seed in range(seeds):  # all methods of one seed first
@@ -495,8 +488,9 @@ def run_all(title, chosen, function, settings, args):
             os.replace(new, lines)
             shown = [f"{figure} {record[figure]:.4g}" for figure in TITLES if figure in record]
             print("  ".join([f"{name}, seed {seed}:", *shown]), flush=True)
-    known = {name: method[2] for grid in grids() if (grid == "hierarchy") == (title == "hierarchy")
-             for name, method in grids()[grid].items()}
+    known = {name: bases for grid, methods in grids().items()
+             if grid.startswith("hierarchy") == (title == "hierarchy")
+             for name, (_, _, bases) in methods.items()}
     records = {key: record for key, record in records.items() if key[1] < args.seeds}
     text = f"{json.dumps(settings)}\n\n{table(records, known)}"
     table_file.write_text(text)
@@ -561,22 +555,31 @@ def plot(args):
         plot_curves(pyplot, records, args.img / "coagulation.png")
 
 
-def plot_hierarchy(pyplot, path, steps, seed=0, group=0):
-    """The embeddings of one group on their own two principal components, at the same scale."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.2), layout="constrained", sharex=True,
+def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
+    """The embeddings of one group's vectors and classes on their own two principal components, at
+    the same scale. Circles: the root of the mean squared distance from the group's mean."""
+    figure, axes = pyplot.subplots(1, 3, figsize=(9, 3.3), layout="constrained", sharex=True,
                                    sharey=True)
-    for axis, (name, own) in zip(axes, {"PCL": PCL, "MoCo": MOCO, "PAUC": []}.items()):
+    radii = []
+    for axis, (name, own) in zip(axes, {"MoCo": MOCO, "PCL": PCL, "PAUC": []}.items()):
         run = train_on_hierarchy(["--num-clusters", "10", *own], seed, steps=steps)
         _, encoder_k, x, _, labels, _ = run
         rows = labels // (CLASSES // GROUPS) == group
         with torch.inference_mode():
             v = F.normalize(encoder_k(x[rows]), dim=1)
-        v = v - v.mean(0)
+        v, label = v - v.mean(0), labels[rows] % (CLASSES // GROUPS)
+        spread = v.square().sum(1).mean().item()
+        radii.append(spread ** 0.5)
         places = v @ torch.linalg.svd(v, full_matrices=False).Vh[:2].T
-        axis.scatter(*places.T, c=labels[rows] % 10, cmap="tab10", s=7, linewidths=0)
-        title = f"{name}: mean squared distance {2 * v.square().sum(1).mean():.2f}"
-        axis.set(title=title, aspect="equal", xticks=[], yticks=[])
-    figure.savefig(path)
+        axis.scatter(*places.T, c=label, cmap="tab10", s=5, linewidths=0, alpha=0.5)
+        centres = torch.stack([places[label == c].mean(0) for c in label.unique()])
+        axis.scatter(*centres.T, c=label.unique(), cmap="tab10", s=60, edgecolors="k",
+                     linewidths=0.6)
+        for radius, style in ((radii[0], ":"), (radii[-1], "-")):  # MoCo's in every panel
+            axis.add_patch(pyplot.Circle((0, 0), radius, fill=False, linestyle=style))
+        axis.set(title=f"{name}: diversity {2 * spread:.2f}", aspect="equal")
+        axis.axis("off")
+    figure.savefig(path, bbox_inches="tight")
 
 
 def plot_curves(pyplot, records, path):
