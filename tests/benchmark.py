@@ -1,13 +1,17 @@
-"""Speed and memory of the training step, the losses, the data pipeline and the E-step, beside MoCo's and PCL's.
+"""Speed and memory of the training step, the losses, the data pipeline and the E-step, beside MoCo
+and PCL.
 
-    python tests/benchmark.py                                       # on the GPU, or on the CPU where there is none
+    python tests/benchmark.py                       # on the GPU, or on the CPU where there is none
     python tests/benchmark.py --device cpu --only c d --output cpu.json
-    python tests/benchmark.py --quick                               # tiny sizes: does it run?
+    python tests/benchmark.py --count               # counted instead of measured, on any machine
+    python tests/benchmark.py --profile trace.json  # 30 steps, for chrome://tracing
+    python tests/benchmark.py --quick               # tiny sizes: does it run?
 
-Prints one table and writes it as JSON. What is compared alternates within one run, after a warm-up: a figure is the median
-of the rounds, a ratio the median of the rounds' ratios; k-means runs once. A step is the momentum update, keys, queries,
-loss, backward, optimizer and enqueue; the floor is the two encoders' forward and the query encoder's backward alone. Memory
-is what is allocated on the GPU; on the CPU the process's resident memory, with all that was there before the step.
+Prints one table and writes it as JSON. What is compared alternates within one run, after a warm-up:
+a figure is the median of the rounds, a ratio the median of the rounds' ratios; k-means runs once. A
+step is the momentum update, keys, queries, loss, backward, optimizer and enqueue; the floor is the
+two encoders' forward and the query encoder's backward alone. Memory is what is allocated on the
+GPU; on the CPU the process's resident memory, with all that was there before the step.
 """
 import argparse
 import gc
@@ -20,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -29,7 +34,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageFilter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -40,49 +48,65 @@ import pretrain  # noqa: E402
 
 DIM = 128
 IMAGENET = 1_281_167
-LARGE = dict(name="ResNet-50 224 px", arch="resnet50", size=224, images=IMAGENET, prototypes=(25_000, 50_000, 100_000),
-             queue=65536, negatives=16384)
-SMALL = dict(name="ResNet-18 32 px", arch="resnet18", size=32, images=50_000, prototypes=(1000, 2000, 4166), queue=4096,
-             negatives=16384)
-TINY = SMALL | dict(images=500, prototypes=(10, 20, 40), queue=64, negatives=8)
+LARGE = dict(name="ResNet-50 224 px", arch="resnet50", size=224, images=IMAGENET,
+             prototypes=(25_000, 50_000, 100_000), queue=65536, negatives=16384)
+SMALL = dict(name="ResNet-18 32 px", arch="resnet18", size=32, images=50_000,
+             prototypes=(1000, 2000, 4166), queue=4096, negatives=16384)
+TINY = SMALL | dict(name="shufflenet 32 px", arch="shufflenet_v2_x0_5", images=500,
+                    prototypes=(10, 20, 40), queue=64, negatives=8)
 PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random")
+PCL_LOSS = ("--align", "0", "--uniform", "0", "--corr", "0")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, default=Path("benchmark.json"), metavar="JSON")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
-    parser.add_argument("--limit", type=float, metavar="SECONDS",
-                        help="longest k-means (default: 600 on a GPU, 90 on the CPU); over it one restart stands for all")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
-    options.device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
-    options.cuda = options.device.type == "cuda"
-    options.calls = 5 if options.cuda else 1  # between two looks at the clock
-    options.limit = options.limit or (600 if options.cuda else 90)
+    options = parse_options()
     torch.manual_seed(0)
     random.seed(0)
     torch.backends.cudnn.benchmark = True
-    dist.init_process_group("nccl" if options.cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("nccl" if options.cuda else "gloo", store=dist.HashStore(), rank=0,
+                            world_size=1)
+    if options.profile:
+        return profile(options)
     name = torch.cuda.get_device_name(0) if options.cuda else processor()
     table = dict(torch=torch.__version__, faiss=faiss.__version__, faiss_gpus=faiss.get_num_gpus(),
-                 faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(), device=options.device.type,
-                 name=name, threads=torch.get_num_threads(), quick=options.quick, rows=[])
+                 faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
+                 device=options.device.type, name=name, threads=torch.get_num_threads(),
+                 quick=options.quick, rows=[])
     print("  ".join(f"{key} {value}" for key, value in table.items() if key != "rows"))
-    print(f"{'':2} {'case':44} {'variant':34} {'value':>12} {'unit':15} {'ratio':>7}")
+    print(f"{'':2} {'case':44} {'variant':34} {'value':>12} {'unit':15} {'ratio':>8}")
     for part in options.only:
         for case, variant, value, unit, *ratio in PARTS[part](options):
             ratio, of = ratio or (None, None)
-            table["rows"].append(dict(part=part, case=case, variant=variant, value=value, unit=unit, ratio=ratio, of=of))
-            figure = "not measured" if value is None else f"{value:.4g}"
-            print(f"{part:2} {case:44} {variant:34} {figure:>12} {unit:15}"
-                  + (f" {ratio:7.3f} of {of}" if ratio is not None else ""), flush=True)
+            table["rows"].append(dict(part=part, case=case, variant=variant, value=value, unit=unit,
+                                      ratio=ratio, of=of))
+            figure = "not measured" if value is None else f"{value:.5g}"
+            compared = "" if ratio is None else f" {ratio:8.4f} of {of}"
+            print(f"{part:2} {case:44} {variant:34} {figure:>12} {unit:15}{compared}", flush=True)
         options.output.write_text(json.dumps(table, indent=1) + "\n")
     dist.destroy_process_group()
 
 
-# -------------------------------------------------------------------------------------------------------- measuring
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    cuda = torch.cuda.is_available()
+    add("--device", choices=("cuda", "cpu"), default="cuda" if cuda else "cpu")
+    add("--output", type=Path, default=Path("benchmark.json"), metavar="JSON")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts of the table")
+    add("--count", dest="only", action="store_const", const=["f"], help="the same as --only f")
+    add("--profile", type=Path, metavar="JSON", help="write a trace of 30 steps, and nothing else")
+    add("--limit", type=float, metavar="SECONDS", help="longest k-means (default: 600 on a GPU, 90 "
+        "on the CPU); over it one restart stands for all")
+    add("--quick", action="store_true", help="tiny sizes")
+    options = parser.parse_args()
+    options.cuda = options.device == "cuda"
+    options.device = torch.device("cuda", 0) if options.cuda else torch.device("cpu")
+    options.calls = 5 if options.cuda else 1  # between two looks at the clock
+    options.limit = options.limit or (600 if options.cuda else 90)
+    return options
+
+
+# -------------------------------------------------------------------------------------- measuring
 
 
 def processor():
@@ -95,9 +119,12 @@ def processor():
 
 def settings(options, *flags, case=None, **values):
     """pretrain's arguments, with what its launch and a case add."""
-    args = pretrain.parse_args([*flags, *(("--dataset", "cifar10") if case and case["size"] < 64 else ("DIR",))])
+    small = case and case["size"] < 64
+    args = pretrain.parse_args([*flags, *(("--dataset", "cifar10") if small else ("DIR",))])
     args.device, args.amp = options.device, "bf16" if options.cuda else "off"
-    values |= dict(num_negatives=case["negatives"], queue_size=case["queue"]) if case else {}
+    args.kmeans_threads, args.lr = None, 1e-4
+    if case:
+        args.num_negatives, args.queue_size = case["negatives"], case["queue"]
     vars(args).update(values)
     return args
 
@@ -109,12 +136,15 @@ def clock(options):
 
 
 def alternate(functions, options, seconds, calls=1, rounds=3):
-    """Seconds a call of each {name: function}, one figure a round: at least `rounds`, and as many as fit into `seconds`."""
+    """Seconds a call of each {name: function}, one figure a round: at least `rounds`, and as many
+    as fit into `seconds`."""
     times = {name: [] for name in functions}
+    if options.quick:
+        seconds, rounds = 0, 1
     for function in functions.values():
         for _ in range(3 if options.cuda else 1):  # warm-up
             function()
-    end = time.perf_counter() + (0 if options.quick else seconds)
+    end = time.perf_counter() + seconds
     while len(times[next(iter(times))]) < rounds or time.perf_counter() < end:
         for name in list(functions)[::1 if random.random() < 0.5 else -1]:
             start = clock(options)
@@ -130,7 +160,8 @@ def ratio(times, name, of):
 
 
 def peak(function, options):
-    """The most memory in MB that a call of the function needs: allocated on the GPU, else resident (Linux only)."""
+    """The most memory in MB that a call of the function needs: allocated on the GPU, else resident
+    (Linux only)."""
     try:
         if options.cuda:
             torch.cuda.reset_peak_memory_stats()
@@ -145,7 +176,7 @@ def peak(function, options):
         return None
 
 
-# ------------------------------------------------------------------------------- a, b: the training step and its loss
+# ------------------------------------------------------------- a, b: the training step and its loss
 
 
 def cases(options):
@@ -156,16 +187,31 @@ def title(case, batch):
     return f"{case['name']} batch {batch} P {'/'.join(map(str, case['prototypes']))}"
 
 
-def random_clusterings(case, options):
-    return [(torch.randint(size, (case["images"],)), F.normalize(torch.randn(size, DIM, device=options.device), dim=1),
-             0.1 + 0.2 * torch.rand(size, device=options.device)) for size in case["prototypes"]]
-
-
-def variants(case, options):
+def variants(case, options, **values):
     """The three methods' arguments and clusterings."""
-    clusterings, args = random_clusterings(case, options), settings(options, case=case)
-    return {"MoCo": (args, []), "PCL": (settings(options, case=case, align=0, uniform=0, corr=0), clusterings),
-            "PAUC": (args, clusterings)}
+    args, pcl = (settings(options, *flags, case=case, **values) for flags in ((), PCL_LOSS))
+    clusterings = [losses.Clustering(
+        torch.randint(size, (case["images"],)),
+        F.normalize(torch.randn(size, DIM, device=options.device), dim=1),
+        0.1 + 0.2 * torch.rand(size, device=options.device)) for size in case["prototypes"]]
+    return {"MoCo": (args, []), "PCL": (pcl, clusterings), "PAUC": (args, clusterings)}
+
+
+def one_step(ddp, optimizer, im_q, im_k, index):
+    """A training step, a function of a variant's arguments and clusterings."""
+    views = mock.Mock(epoch=lambda *_: [(im_q, im_k, index, None)])
+    scaler = torch.amp.GradScaler(im_q.device.type, enabled=False)
+
+    def step(args, clusterings):
+        run = dict(epoch=0, step=0, steps=2, clusterings=clusterings)
+        args.batch_size = len(im_q)
+        pretrain.m_step(ddp, optimizer, scaler, views, run, args, mock.MagicMock(), None)
+    return step
+
+
+def sgd(model, args, foreach=None):
+    return torch.optim.SGD(model.encoder_q.parameters(), args.lr, args.momentum,
+                           weight_decay=1e-4, foreach=foreach)
 
 
 def step_functions(case, batch, methods, options):
@@ -174,11 +220,13 @@ def step_functions(case, batch, methods, options):
     model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m, small_images=size < 64)
     model.to(device, memory_format=torch.channels_last).train()
     model.queue.copy_(F.normalize(torch.randn_like(model.queue), dim=0))
-    ddp = DistributedDataParallel(model, **pretrain.NO_BUFFERS)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 1e-4, momentum=args.momentum, weight_decay=args.wd)
-    im_q, im_k = (torch.randn(batch, 3, size, size, device=device).to(memory_format=torch.channels_last) for _ in range(2))
-    index, count = torch.randperm(case["images"])[:batch], itertools.count()
-    gradient = torch.randn(batch, DIM, device=device)
+    model.queue_index.fill_(builder.UNKNOWN)
+    ddp = DistributedDataParallel(model)
+    ddp.broadcast_buffers = ddp.forward_sync_buffers = False
+    optimizer, gradient = sgd(model, args), torch.randn(batch, DIM, device=device)
+    views = torch.randn(2 * batch, 3, size, size, device=device)
+    im_q, im_k = views.contiguous(memory_format=torch.channels_last).chunk(2)
+    step = one_step(ddp, optimizer, im_q, im_k, torch.randperm(case["images"])[:batch])
 
     def floor():
         optimizer.zero_grad()
@@ -187,17 +235,6 @@ def step_functions(case, batch, methods, options):
             with torch.no_grad():
                 model.encoder_k(im_k)
         q.backward(gradient.to(q.dtype))
-
-    def step(args, clusterings):
-        permutation = torch.randperm(batch)
-        with pretrain.autocast(args):
-            q, k = ddp(im_q, im_k, permutation.to(device))
-        loss, terms = pretrain.pauc(q, k, index, model.queue, clusterings, args, 0, next(count))
-        torch.stack([term.detach().float() for term in terms.values()]).tolist()  # the step's one wait for the device
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        model.enqueue(k)
     return {"floor": floor} | {name: lambda x=x: step(*x) for name, x in methods.items()}
 
 
@@ -205,13 +242,14 @@ def training_step(options):
     for case, batch in cases(options):
         name = title(case, batch)
         if case is LARGE and not options.cuda:
-            yield from ((name, variant, None, unit) for variant in ("floor", "MoCo", "PCL", "PAUC")
-                        for unit in ("images/s", "MB at peak"))
+            for variant, unit in itertools.product(("floor", "MoCo", "PCL", "PAUC"),
+                                                   ("images/s", "MB at peak")):
+                yield name, variant, None, unit
             continue
         methods = variants(case, options)
         functions = step_functions(case, batch, methods, options)
         times = alternate(functions, options, 30 if options.cuda else 90, options.calls)
-        stored = sum(x.nbytes for _, *parts in methods["PAUC"][1] for x in parts) / 2 ** 20  # MB that not all need
+        stored = sum(x.nbytes for clustering in methods["PAUC"][1] for x in clustering[1:])
         memory = {variant: peak(function, options) for variant, function in functions.items()}
         del functions, methods  # one model at a time, for the memory's sake
         gc.collect()
@@ -221,56 +259,84 @@ def training_step(options):
             if memory[variant] is None:
                 yield name, variant, None, "MB at peak"
                 continue
-            use = {x: memory[x] - stored * (x in ("floor", "MoCo")) for x in times}
+            use = {x: memory[x] - stored / 2 ** 20 * (x in ("floor", "MoCo")) for x in times}
             yield name, variant, use[variant], "MB at peak", use[variant] / use["MoCo"], "MoCo"
 
 
-def proto_nce_by_sets(q, prototypes, concentration, assignments, num_negatives=None, generator=None):
+def profile(options):
+    """The trace shows where the device waits for the host."""
+    case, batch = cases(options)[0 if options.cuda else -1]
+    function = step_functions(case, batch, variants(case, options), options)["PAUC"]
+    for _ in range(3):
+        function()
+    with torch.profiler.profile() as trace:
+        for _ in range(2 if options.quick else 30):
+            function()
+    trace.export_chrome_trace(str(options.profile))
+    by = f"self_{'device' if options.cuda else 'cpu'}_time_total"
+    print(trace.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40))
+    dist.destroy_process_group()
+
+
+def proto_nce_by_sets(q, prototypes, concentration, assignments, num_negatives=None,
+                      generator=None):
     """losses.proto_nce with the negatives drawn as PCL's code draws them."""
     positives, target = assignments.to(q.device).unique(return_inverse=True)
     negatives = list(set(range(len(prototypes))) - set(positives.tolist()))
     if num_negatives is not None and num_negatives < len(negatives):
         negatives = random.sample(negatives, num_negatives)
-    chosen = torch.cat([positives, torch.tensor(negatives, dtype=torch.long, device=q.device)])
+    negatives = torch.tensor(negatives, dtype=torch.long, device=q.device)
+    chosen = torch.cat([positives, negatives])
     logits = q @ prototypes[chosen].T / concentration[chosen]
-    return F.cross_entropy(logits, target), (logits.detach().argmax(1) == target).to(q.dtype).mean()
+    accuracy = (logits.detach().argmax(1) == target).to(q.dtype).mean()
+    return F.cross_entropy(logits, target), accuracy
 
 
 def loss_functions(case, batch, methods, options):
-    """Forward and backward of each variant's loss, and, with clusterings, with negatives drawn by sets."""
-    q, k = (F.normalize(torch.randn(batch, DIM, device=options.device), dim=1) for _ in range(2))
+    """Forward and backward of each variant's loss, and, with clusterings, with negatives drawn by
+    sets."""
+    q, k = F.normalize(torch.randn(2, batch, DIM, device=options.device), dim=2)
     queue = F.normalize(torch.randn(DIM, case["queue"], device=options.device), dim=0)
+    queue_index = torch.full((case["queue"],), builder.UNKNOWN, device=options.device)
     index, count = torch.randperm(case["images"])[:batch], itertools.count()
     q.requires_grad_()
 
     def run(args, clusterings, draw=losses.proto_nce):
         q.grad = None
+        whole = losses.Batch(q, k, index, queue, queue_index, slice(batch), 0, next(count))
         with mock.patch.object(losses, "proto_nce", draw):
-            pretrain.pauc(q, k, index, queue, clusterings, args, 0, next(count))[0].backward()
-    return {name: lambda x=x: run(*x) for name, x in methods.items()} | {
-        f"{name}, negatives by sets": lambda x=x: run(*x, proto_nce_by_sets) for name, x in methods.items() if x[1]}
+            pretrain.pauc(whole, clusterings, args)[0].backward()
+    functions = {name: lambda x=x: run(*x) for name, x in methods.items()}
+    for name, x in methods.items():
+        if x[1]:
+            functions[f"{name}, negatives by sets"] = lambda x=x: run(*x, proto_nce_by_sets)
+    return functions
 
 
 def loss_part(options):
     for case, batch in cases(options):
-        times = alternate(loss_functions(case, batch, variants(case, options), options), options, 10, options.calls)
+        functions = loss_functions(case, batch, variants(case, options), options)
+        times = alternate(functions, options, 10, options.calls)
         for name in times:
             of = name.split(",")[0] if "sets" in name else "MoCo"
-            yield title(case, batch), name, 1000 * statistics.median(times[name]), "ms", ratio(times, name, of), of
+            speed = 1000 * statistics.median(times[name])
+            yield title(case, batch), name, speed, "ms", ratio(times, name, of), of
 
 
-# ------------------------------------------------------------------------------------- c: decoding and augmentation
+# --------------------------------------------------------------- c: decoding and augmentation
 
 
 def write_photographs(folder, number, kilobytes=110):
-    """JPEG files as large as ImageNet's are on average: 500x375 pixels of 1/f noise, with the quality that fits."""
+    """JPEG files as large as ImageNet's are on average: 500x375 pixels of 1/f noise, with the
+    quality that fits."""
     frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)).clip(1 / 500)
     sizes = []
     for i in range(number):
-        spectrum = np.fft.rfft2(np.random.default_rng(i).normal(size=(3, 375, 500))) / frequency
-        x = np.fft.irfft2(spectrum, s=(375, 500))
+        noise = np.random.default_rng(i).normal(size=(3, 375, 500))
+        x = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(375, 500))
         x = 0.7 * x.mean(0) + 0.3 * x  # channels of a photograph go together
-        image = Image.fromarray((128 + 50 * x / x.std()).clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+        pixels = (128 + 50 * x / x.std()).clip(0, 255).astype(np.uint8)
+        image = Image.fromarray(pixels.transpose(1, 2, 0))
         files = []
         for quality in range(60, 97, 2):
             image.save(file := io.BytesIO(), "JPEG", quality=quality)
@@ -287,19 +353,23 @@ def moco_v2(size):
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2)))
     return transforms.Compose([
         transforms.RandomResizedCrop(size, (0.2, 1)),
-        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), transforms.RandomGrayscale(p=0.2),
-        transforms.RandomApply([gaussian_blur], p=0.5), transforms.RandomHorizontalFlip(), transforms.ToTensor(),
+        transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+        transforms.RandomGrayscale(p=0.2),
+        transforms.RandomApply([gaussian_blur], p=0.5),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
         transforms.Normalize(*loader.IMAGENET_STATISTICS)])
 
 
 def augmentation(options):
-    size, number, threads = 224, 4 if options.quick else 32, torch.get_num_threads()
+    size, number, threads = 224, 2 if options.quick else 32, torch.get_num_threads()
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root) / "train" / "class"
         folder.mkdir(parents=True)
         kilobytes = write_photographs(folder, number)
         data, transform = loader.load("folder", root, "train"), moco_v2(size)
-        crops, augment = loader.RandomCrops(data, size, 0, 2, 0.2), loader.Augment("v2", size, data.statistics)
+        crops = loader.RandomCrops(data, size, 0, 2, 0.2)
+        augment = loader.Augment("v2", size, data.statistics)
         count, paths = itertools.count(), sorted(folder.iterdir())
 
         def decode():
@@ -319,39 +389,48 @@ def augmentation(options):
             x = worker().flatten(0, 1)
             return augment(x, torch.rand(len(x), augment.draws))
         torch.set_num_threads(1)  # a core, as a data worker has
-        times = alternate({"PIL pipeline of MoCo v2": pil, "decode alone": decode, "worker": worker,
-                           "worker and Augment": both}, options, 40)
+        functions = {"PIL pipeline of MoCo v2": pil, "decode alone": decode, "worker": worker,
+                     "worker and Augment": both}
+        times = alternate(functions, options, 40, rounds=5)
         torch.set_num_threads(threads)
         case = f"500x375 JPEG of {kilobytes:.0f} kB, two views of {size} px"
         for name in times:
-            yield (case, name, number / statistics.median(times[name]), "pairs/s a core",
-                   ratio(times, "PIL pipeline of MoCo v2", name), "PIL")
+            speed, of = number / statistics.median(times[name]), "PIL pipeline of MoCo v2"
+            yield case, name, speed, "pairs/s a core", ratio(times, of, name), "PIL"
         x = worker().flatten(0, 1).repeat(8 if options.cuda else 1, 1, 1, 1).to(options.device)
-        u, augment = torch.rand(len(x), augment.draws, device=options.device), augment.to(options.device)
-        times = alternate({"Augment": lambda: augment(x, u)}, options, 5, options.calls)["Augment"]
-        yield case, f"Augment, {options.device.type}, all threads", len(x) / 2 / statistics.median(times), "pairs/s"
+        u = torch.rand(len(x), augment.draws, device=options.device)
+        augment.to(options.device)
+        times = alternate({"": lambda: augment(x, u)}, options, 5, options.calls)[""]
+        variant = f"Augment, {options.device.type}, all threads"
+        yield case, variant, len(x) / 2 / statistics.median(times), "pairs/s"
 
 
-# ------------------------------------------------------------------------------------------------------- d: the E-step
+# ----------------------------------------------------------------------------------- d: the E-step
 
 
 def embeddings(n, options):
-    """(n, 128) unit rows: 50 coarse centres, 1000 finer ones and 10,000 finest, which overlap, of unequal size and spread,
-    with a decaying spectrum. The same structure whatever the number of prototypes."""
+    """(n, 128) unit rows: 50 coarse centres, 1000 finer ones and 10,000 finest, which overlap, of
+    unequal size and spread, with a decaying spectrum. The same structure whatever the number of
+    prototypes."""
     g = torch.Generator().manual_seed(0)
     x, spectrum = torch.randn(50, DIM, generator=g), torch.arange(1, DIM + 1) ** -1.0
     for number, scale in ((1000, 0.9), (10_000, 0.7)):
-        x = x[torch.randint(len(x), (number,), generator=g)] + scale * torch.randn(number, DIM, generator=g)
+        parent = torch.randint(len(x), (number,), generator=g)
+        x = x[parent] + scale * torch.randn(number, DIM, generator=g)
     share = torch.randperm(len(x), generator=g).add(100.0) ** -0.7
     parent = torch.multinomial(share, n, replacement=True, generator=g)
-    noise = (0.4 + 0.8 * torch.rand(len(x), 1, generator=g))[parent] * torch.randn(n, DIM, generator=g)
+    spread = 0.4 + 0.8 * torch.rand(len(x), 1, generator=g)
+    noise = spread[parent] * torch.randn(n, DIM, generator=g)
     return F.normalize((x[parent] + noise) * spectrum, dim=1).to(options.device)
 
 
 def speed_of_kmeans(options):
     """Multiply-adds a second of pretrain.kmeans, for a guess at what the large ones take."""
-    n, size = (2000, 40) if options.quick else (200_000, 4000) if options.cuda else (20_000, 1000)
-    v, args = embeddings(n, options), settings(options, "--kmeans-iters", "4", "--kmeans-init", "random")
+    n, size = (200_000, 4000) if options.cuda else (20_000, 1000)
+    if options.quick:
+        n, size = 500, 10
+    v, args = embeddings(n, options), settings(options, "--kmeans-iters", "4",
+                                               "--kmeans-init", "random")
     pretrain.kmeans(v, size, 0, args)  # warm-up
     start = clock(options)
     pretrain.kmeans(v, size, 0, args)
@@ -368,12 +447,14 @@ def measure_kmeans(v, size, flags, speed, options):
     if work * args.kmeans_restarts > options.limit:
         return None, None, f", about {work * restarts:.0f} s"
     start = clock(options)
-    objective = pretrain.kmeans(v, size, 1, args)[-1]
-    return (clock(options) - start) * restarts / args.kmeans_restarts, objective.item(), remark
+    _, objective = pretrain.kmeans(v, size, 1, args)
+    seconds = (clock(options) - start) * restarts / args.kmeans_restarts
+    return seconds, objective.item(), remark
 
 
 def concentration_by_loop(squared, assignments, num_prototypes, temperature):
-    """losses.concentration as PCL's code has it, image by image; from squared distances, as faiss gives them."""
+    """losses.concentration as PCL's code has it, image by image; from squared distances, as faiss
+    gives them."""
     members = [[] for _ in range(num_prototypes)]
     for image, j in enumerate(assignments):
         members[j].append(squared[image])
@@ -390,7 +471,7 @@ def concentration_by_loop(squared, assignments, num_prototypes, temperature):
 
 
 def e_step(options):
-    n = 2000 if options.quick else IMAGENET if options.cuda else 100_000
+    n = 500 if options.quick else IMAGENET if options.cuda else 100_000
     v, speed = embeddings(n, options), speed_of_kmeans(options)
     for images in (50, 25, 12):
         case, pcl = f"k-means, N {n} P {n // images}", None
@@ -398,51 +479,136 @@ def e_step(options):
             *values, remark = measure_kmeans(v, n // images, flags, speed, options)
             pcl = pcl or values
             for value, base, unit in zip(values, pcl, ("s", "objective")):
-                yield case, variant + remark, value, unit, *((value / base, "PCL's") if value and base else ())
-    for total in [n] if n == IMAGENET or options.quick else [n, IMAGENET]:
-        assignments, squared = [torch.randint(total // x, (total,)) for x in (50, 25, 12)], torch.rand(total) + 0.1
-        lists = [(squared.numpy(), x.numpy(), total // y, 0.2) for x, y in zip(assignments, (50, 25, 12))]
-        tensors = [(squared.to(options.device), x.to(options.device), y, z) for x, (_, _, y, z) in zip(assignments, lists)]
+                compared = (value / base, "PCL's") if value and base else ()
+                yield case, variant + remark, value, unit, *compared
+    for total in dict.fromkeys([n] if options.quick else [n, IMAGENET]):
+        squared = torch.rand(total) + 0.1
+        clusterings = [(torch.randint(total // x, (total,)), total // x) for x in (50, 25, 12)]
+        on_device = [(squared.to(options.device), x.to(options.device), size, 0.2)
+                     for x, size in clusterings]
+        arrays = [(squared.numpy(), x.numpy(), size, 0.2) for x, size in clusterings]
 
         def ours():
-            return [losses.concentration(distances.sqrt(), *rest) for distances, *rest in tensors]
-        for a, b in zip(ours(), (concentration_by_loop(*x) for x in lists)):
+            return [losses.concentration(x.sqrt(), *rest) for x, *rest in on_device]
+
+        def loop():
+            return [concentration_by_loop(*x) for x in arrays]
+        for a, b in zip(ours(), loop()):
             torch.testing.assert_close(a.cpu().double(), b, rtol=1e-4, atol=0)
-        times = alternate({"loop over images": lambda: [concentration_by_loop(*x) for x in lists], "ours": ours}, options, 0)
+        times = alternate({"loop over images": loop, "ours": ours}, options, 0)
         for name in times:
-            yield (f"concentration, N {total} x 3", name, statistics.median(times[name]), "s",
-                   ratio(times, name, "loop over images"), "loop")
+            seconds, of = statistics.median(times[name]), "loop over images"
+            yield f"concentration, N {total} x 3", name, seconds, "s", ratio(times, name, of), of
 
 
-# -------------------------------------------------------------------------------------------------- e: cost against size
+# --------------------------------------------------------------------------- e: cost against size
 
 
 def against_size(options):
-    sizes = (10, 20, 40) if options.quick else (1000, 3000, 10_000, 30_000, 100_000)
-    case, batch = (TINY, 8) if options.quick else (LARGE, 256) if options.cuda else (SMALL | dict(images=IMAGENET), 32)
-    each = {f"P {size}": variants(case | dict(prototypes=(size,)), options)["PAUC"] for size in sizes}
-    steps = step_functions(case, batch, each, options)
-    times = alternate(steps, options, 30, options.calls)
+    sizes = (10, 20) if options.quick else (1000, 3000, 10_000, 30_000, 100_000)
+    case, batch = (LARGE, 256) if options.cuda else (SMALL | dict(images=IMAGENET), 32)
+    if options.quick:
+        case, batch = TINY, 8
+    each = {f"P {size}": variants(case | dict(prototypes=(size,)), options)["PAUC"]
+            for size in sizes}
+    times = alternate(step_functions(case, batch, each, options), options, 30, options.calls)
     for name in times:
-        yield (f"step, {case['name']} batch {batch}, one clustering", name, 1000 * statistics.median(times[name]), "ms",
+        milliseconds = 1000 * statistics.median(times[name])
+        yield (f"step, {case['name']} batch {batch}, one clustering", name, milliseconds, "ms",
                ratio(times, name, "floor"), "floor")
-    del steps
-    batch = batch if options.quick else 256
-    times = alternate({name: function for name, function in loss_functions(case, batch, each, options).items()
-                       if "sets" not in name}, options, 10, options.calls)
+    batch, of = batch if options.quick else 256, f"P {sizes[0]}"
+    functions = loss_functions(case, batch, each, options)
+    times = alternate({name: functions[name] for name in each}, options, 10, options.calls)
     for name in times:
-        yield (f"loss, batch {batch}, one clustering", name, 1000 * statistics.median(times[name]), "ms",
-               ratio(times, name, f"P {sizes[0]}"), f"P {sizes[0]}")
-    n, base = 2000 if options.quick else IMAGENET if options.cuda else 50_000, None
+        milliseconds = 1000 * statistics.median(times[name])
+        yield (f"loss, batch {batch}, one clustering", name, milliseconds, "ms",
+               ratio(times, name, of), of)
+    n, base = 500 if options.quick else IMAGENET if options.cuda else 50_000, None
     v, speed = embeddings(n, options), speed_of_kmeans(options)
     for size in (n // 16, n // 8, n // 4, n // 2, n):
         seconds, _, remark = measure_kmeans(v[:size], size // 25, (), speed, options)
         base = base or seconds
-        yield ("k-means, 25 images a prototype", f"N {size}" + remark, seconds, "s",
-               *((seconds / base, f"N {n // 16}") if seconds else ()))
+        compared = (seconds / base, f"N {n // 16}") if seconds else ()
+        yield "k-means, 25 images a prototype", f"N {size}{remark}", seconds, "s", *compared
 
 
-PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, e=against_size)
+# ------------------------------------------------------------------- f: counted, not measured
+
+
+class Counter(FakeTensorMode):
+    """Counts what is done to tensors without values, as all are that are made in here: operations
+    that make more than a view, each a kernel or several, and the bytes that live, at most."""
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.within, self.kernels, self.bytes, self.peak = False, 0, 0, 0
+        self.storages = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        leaves = tree_leaves((args, kwargs))
+        makes = any(isinstance(x, torch.device) and x.type == "cpu" for x in leaves)
+        if not makes and not any(isinstance(x, FakeTensor) for x in leaves):
+            return func(*args, **kwargs)  # of tensors made before
+        if self.within:  # of the operations that another one is made of
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        self.within = True
+        try:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+        finally:
+            self.within = False
+        launches_nothing = func.is_view or "empty" in func.name()
+        self.kernels += func.namespace == "aten" and not launches_nothing
+        for x in tree_leaves(result):
+            if isinstance(x, FakeTensor) and x.untyped_storage() not in self.storages:
+                self.keep(x.untyped_storage())
+        return result
+
+    def keep(self, storage):
+        self.storages.add(storage)
+        self.bytes += storage.nbytes()
+        self.peak = max(self.peak, self.bytes)
+        weakref.finalize(storage, self.free, storage.nbytes())
+
+    def free(self, number):
+        self.bytes -= number
+
+
+def count(case, batch, args, clusterings):
+    """GFlop of a step's matrix products and convolutions, kernels, and MB at most."""
+    index = torch.randperm(case["images"])[:batch]
+    with torch.device("meta"):
+        model = builder.MoCo(case["arch"], DIM, case["queue"], small_images=case["size"] < 64)
+    with Counter() as counter, mock.patch.object(pretrain, "read_report"), \
+            mock.patch.object(builder, "gather", torch.clone):
+        model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
+        clusterings = [losses.Clustering(assignments, *(torch.empty(x.shape) for x in others))
+                       for assignments, *others in clusterings]
+        im_q, im_k = torch.empty(2, batch, 3, case["size"], case["size"])
+        ddp = mock.Mock(side_effect=model, module=model)
+        step = one_step(ddp, sgd(model, args, foreach=True), im_q, im_k, index)
+        step(args, clusterings)  # makes the optimizer's state
+        counter.kernels, counter.peak = 0, counter.bytes
+        with FlopCounterMode(display=False) as flops:
+            step(args, clusterings)
+    return flops.get_total_flops() / 1e9, counter.kernels, counter.peak / 2 ** 20
+
+
+def counted(options):
+    """In one process, in bf16, by the CPU's autocast; without DDP's buckets of gradients."""
+    case, batch = TINY | dict(name=SMALL["name"], arch=SMALL["arch"]), 8  # of few operations
+    if not options.quick:
+        case, batch = LARGE, 256
+    options = argparse.Namespace(device=torch.device("cpu"), cuda=False)
+    moco = None
+    for name, (args, clusterings) in variants(case, options, amp="bf16").items():
+        values = count(case, batch, args, clusterings)
+        moco = moco or values
+        for value, base, unit in zip(values, moco, ("GFlop", "kernels", "MB at peak")):
+            yield title(case, batch), name, value, unit, value / base, "MoCo"
+
+
+PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, e=against_size, f=counted)
 
 if __name__ == "__main__":
     main()
