@@ -126,7 +126,7 @@ def adopt(args, source):
     same_folder = Path(args.dir).resolve() == Path(then.get("dir", "")).resolve()
     if same_folder and args.dataset == then.get("dataset"):
         args.classes = args.classes or then.get("classes")
-        args.bits = max(args.bits, then.get("bits") or 0)
+        args.bits = min(args.bits, then.get("bits") or args.bits)
     usual = pretrain.DEFAULTS[args.dataset]
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
