@@ -36,6 +36,7 @@ DEFAULTS = {"folder": IMAGENET, "cifar10": SMALL, "cifar100": SMALL, "fashionmni
             "digits": DIGITS}
 FINETUNE = dict(epochs=20, schedule=[12, 16], lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
+FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
 DROP, FINETUNE_DROP = 0.1, 0.2  # of the learning rates at each epoch of --schedule
 FIXED = "dataset", "arch", "crop_size", "batch_size", "finetune"
 L2 = [10.0 ** -exponent for exponent in range(7)]
@@ -135,7 +136,8 @@ def adopt(args, source):
     usual = DEFAULTS[args.dataset]
     if args.finetune:
         few = args.label_fraction and args.label_fraction[0] <= 0.01
-        usual = usual | (FINETUNE_1_PERCENT if few else FINETUNE)
+        large = FINETUNE_1_PERCENT if few else FINETUNE
+        usual = usual | (large if args.dataset == "folder" else FINETUNE_SMALL)
     for name, value in usual.items():
         if name != "batch_size" and getattr(args, name) is None:
             setattr(args, name, value)
@@ -253,9 +255,9 @@ def train_net(net, train, val, args):
     """MoCo's linear probe (arXiv 1911.05722, section 4.1): a linear layer on the frozen backbone.
 
     --finetune: the whole network, as SwAV on 1 % and 10 % of ImageNet (arXiv 2006.09882, its
-    eval_semisup.py; PCL's is of the same kind): 20 epochs, rates times 0.2 at 12 and 16, no weight
-    decay, 0.01 for the backbone and 0.2 for the layer, or 0.02 and 5 with 1 %. BN is in train mode,
-    over each process's part of the batch (SwAV's over all of it).
+    eval_semisup.py): 20 epochs, rates times 0.2 at 12 and 16, no weight decay, 0.01 for the
+    backbone and 0.2 for the layer, or 0.02 and 5 with 1 %; small images take 0.01 and 0.03. BN is
+    in train mode, over each process's part of the batch (SwAV's over all of it).
     """
     pretrain.fit_batch(args, len(train), DEFAULTS[args.dataset]["batch_size"])
     position, checkpoint = pretrain.open_output(args, train, FIXED)

@@ -463,9 +463,9 @@ def test_fashion_mnist_learns(tmp_path):
             for kind, header in (("images-idx3", 16), ("labels-idx1", 8)))
         return images.reshape(-1, 28, 28)[:count], labels[:count]
     write_fashion_mnist(tmp_path, read("train", 10_000), read("t10k", 2_000))
-    here(pretrain.main, tmp_path, "--dataset", "fashionmnist", *SMALL, "--crop-size", 14,
+    here(pretrain.main, tmp_path, "--dataset", "fashionmnist", *SMALL, "--crop-size", 8,
          "--min-scale", 0.5, "--epochs", 4, "--warmup-epochs", 2, "--batch-size", 64,
-         "--queue-size", 256, "--output", tmp_path / "run")
+         "--queue-size", 256, "--knn-every", 4, "--output", tmp_path / "run")
     log = read_log(tmp_path / "run")
     figures = [line for line in log if "diversity" in line]
     assert len(figures) == 2 and min(figures[-1]["separation"]) > 1  # they have not collapsed
