@@ -692,8 +692,9 @@ class Augment(nn.Module):
 
 
 def _all_at_once(x):
-    """Whether all images get all operations, and a mask: choosing images makes a GPU wait."""
-    return x.device.type != "cpu" or torch.compiler.is_compiling()
+    """Whether all images get all operations, and a mask: choosing images makes a GPU wait, and
+    takes longer than it spares where they are small."""
+    return x.device.type != "cpu" or x.shape[-1] < SMALL_CROP or torch.compiler.is_compiling()
 
 
 def _where(chosen, operation, x, *more):

@@ -25,7 +25,8 @@ def test_the_study_runs(tmp_path):
 
 
 def test_the_benchmark_runs(tmp_path):
-    done = script("tests/benchmark.py", "--quick", "--device", "cpu", "--output", tmp_path / "table")
+    flags = ["--quick", "--device", "cpu", "--output", tmp_path / "table"]
+    done = script("tests/benchmark.py", *flags)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "table").read_text())["rows"]
     assert {row["part"] for row in rows} == set("abcdef")
