@@ -329,11 +329,10 @@ def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, save_run
 
 def set_learning_rates(optimizer, run, args):
     epoch = run["epoch"] + run["step"] / run["steps"]
-    drop = FINETUNE_DROP if args.finetune else DROP
-    drop = drop ** sum(epoch >= milestone for milestone in args.schedule)
+    left = pretrain.steps_down(epoch, args, FINETUNE_DROP if args.finetune else DROP)
     for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
-        group["lr"] = rate * drop
-    return args.lr * drop
+        group["lr"] = rate * left
+    return args.lr * left
 
 
 def moved(frozen, state):
@@ -383,27 +382,33 @@ def evaluate_features(net, train, val, subsets, args):
 
 
 def extract(backbone, train, val, args):
-    """The features of both sets, float32 on the CPU, with labels and names, from --features or
-    written there. Every process has all of them: 10 GB for ImageNet and a ResNet-50."""
-    weights = hashlib.blake2b(digest_size=8)
-    for x in backbone.state_dict().values():
-        weights.update(x.cpu().numpy().tobytes())
-    of = [weights.hexdigest(), train.digest, val.digest, args.crop_size, args.bits]
+    """The features of both sets, float32 on the CPU; --features keeps them with labels and names,
+    or has them. Every process has all of them: 10 GB for ImageNet and a ResNet-50."""
     path = args.features
+    of = [digest(backbone), train.digest, val.digest, args.crop_size, args.bits] if path else None
     if path and path.exists():
         features = pretrain.load(path)
         if not isinstance(features, dict) or features.get("of") != of:
             raise UsageError(f"--features {path}: is of another backbone, data or crop; name "
                              f"another file")
         return features
-    features = dict(of=of)
-    for split, data in dict(train=train, val=val).items():
+    sets, features = dict(train=train, val=val), {}
+    for split, data in sets.items():
         v, _ = pretrain.embed(backbone, data, args)
         features[split] = builder.gather(v)[:len(data)].cpu().clone()
-        features |= {f"{split}_labels": data.labels, f"{split}_names": names_of(data)}
     if path and dist.get_rank() == 0:
-        pretrain.save(path, features)
+        labels = {f"{split}_labels": data.labels for split, data in sets.items()}
+        names = {f"{split}_names": names_of(data) for split, data in sets.items()}
+        pretrain.save(path, dict(of=of) | features | labels | names)
     return features
+
+
+def digest(backbone):
+    """A short text that differs for other weights."""
+    weights = hashlib.blake2b(digest_size=8)
+    for x in backbone.state_dict().values():
+        weights.update(x.cpu().numpy().tobytes())
+    return weights.hexdigest()
 
 
 def knn(x, y, queries, query_labels, num_classes, chosen, args):

@@ -222,7 +222,7 @@ def main_worker(args):
     resumed = bool(checkpoint)
     del checkpoint  # of a ResNet-50, half a gigabyte in every process
     log = Log(args, position, run)
-    log.say(summary(args, train, val))
+    say(summary(args, train, val))
     monitored = val is not None and args.knn_every > 0
 
     def save_run(name="checkpoint.pth"):
@@ -488,8 +488,13 @@ def set_learning_rate(optimizer, run, args):
 def learning_rate(epoch, args):
     """At a fractional epoch: a half cosine to 0, or a tenth at each epoch of --schedule."""
     if args.schedule:
-        return args.lr * 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
+        return args.lr * steps_down(epoch, args)
     return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
+
+
+def steps_down(epoch, args, drop=0.1):
+    """The part of a rate that is left after the epochs of --schedule."""
+    return drop ** sum(epoch >= milestone for milestone in args.schedule)
 
 
 def read_report(loss, figures, run, args):
@@ -523,8 +528,8 @@ def end_step(report, run, args, log, save_run):
     if stop.agreed or last or args.save_every and total % args.save_every == 0:
         save_run()
     if stop.agreed:
-        log.say(f"stopped by {signal.Signals(stop.agreed).name} after step {total}, and saved: "
-                f"--resume auto goes on")
+        say(f"stopped by {signal.Signals(stop.agreed).name} after step {total}, and saved: "
+            f"--resume auto goes on")
         raise Stopped(stop.agreed)
 
 
@@ -571,21 +576,25 @@ def fit(args, num_images):
 
 def fit_batch(args, num_images, default):
     groups = bn_groups(args)
-    what = f"{groups} groups (processes x --bn-splits)" if groups > 1 else "two images or more"
+    if num_images < 2:
+        raise UsageError(f"{args.dir}: {num_images} image is too few for a batch of two or more")
     if num_images < 2 * groups:
-        raise UsageError(f"{args.dir}: {num_images} images are too few for a batch of {what}, "
-                         f"each of two images or more" if groups > 1 else
-                         f"{args.dir}: {num_images} image is too few for a batch of {what}")
+        raise UsageError(f"{args.dir}: {num_images} images are too few for {groups} groups "
+                         f"(processes x --bn-splits) of two or more")
     largest = num_images // groups * groups
     if args.batch_size is None:
-        args.batch_size = fitted("--batch-size", max(2, default // groups) * groups, largest)
+        even = max(2, default // groups) * groups
+        if even != default:
+            say(f"--batch-size {even}, not {default}: fitted to {groups} groups")
+        args.batch_size = fitted("--batch-size", even, largest)
     if args.batch_size > num_images:
         raise UsageError(f"--batch-size {args.batch_size}: more than the data set's images; the "
                          f"largest that works is {largest}")
     if args.batch_size % groups or args.batch_size < 2 * groups:
         works = min(largest, max(2, args.batch_size // groups) * groups)
-        raise UsageError(f"--batch-size {args.batch_size}: is split over {what}, which must have "
-                         f"the same number of images, two or more; {works} works")
+        raise UsageError(f"--batch-size {args.batch_size}: is split over {groups} groups "
+                         f"(processes x --bn-splits), which must have the same number of images, "
+                         f"two or more; {works} works")
 
 
 def fitted(name, default, largest):
@@ -1234,9 +1243,6 @@ class Log:
             for i, x in enumerate(value if several else [value]):
                 self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
         say(line)
-
-    def say(self, text):
-        say(text)
 
     def close(self):
         if self.speaks:
