@@ -44,6 +44,7 @@ import torch.nn.functional as F  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import adjusted_mutual_info_score  # noqa: E402
 from torch import nn  # noqa: E402
+from torchvision.models.resnet import BasicBlock  # noqa: E402
 
 import builder  # noqa: E402
 import lincls  # noqa: E402
@@ -51,11 +52,13 @@ import loader  # noqa: E402
 import losses  # noqa: E402
 import pretrain  # noqa: E402
 
+MEASURED = 20  # clusters of the embeddings, for every method the same
+ANIMALS = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 0, 0])  # of CIFAR-10's classes in alphabetic order
 COAGULATION = "diversity", "effective_rank", "separation", "balance"
 TITLES = dict(linear="linear", knn="kNN", linear_10="10 labels", linear_2="2 labels",
               test_linear="test linear", test_knn="test kNN", test_linear_10="test 10 labels",
               test_linear_2="test 2 labels", ami="AMI", diversity="diversity",
-              effective_rank="effective rank")  # the columns of a table
+              effective_rank="effective rank", merged="animals")  # the columns of a table
 DIGITS = dict(ami=3, diversity=3)  # of the others 1, of their differences 2
 QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, P = 5"], images=["PAUC"])
 read, pauc = loader.load, pretrain.pauc  # the project's own
@@ -70,12 +73,7 @@ def parse_args(argv=None):
     add("--jobs", type=int, default=1, help="runs at once, all on one device")
     add("--images", type=int, default=54_000, help="training images")
     add("--val-images", type=int, default=4000, help="held-out images")
-    add("--num-clusters", type=int, nargs="+", metavar="P",
-        help="of PCL and PAUC, and for measuring (default: pretrain's)")
     add("--steps", type=int, default=600, help="of a run on the hierarchy")
-    add("--probe-lr", type=float, default=0.03, help="chosen once on the held-out images")
-    add("--probe-epochs", type=int, default=10)
-    add("--probe-batch", type=int, default=256)
     add("--test", action="store_true", help="read the test set")
     add("--output", type=Path, default=Path("study"))
     add("--plot", action="store_true", help="only draw what OUTPUT holds")
@@ -84,12 +82,9 @@ def parse_args(argv=None):
     args, args.flags = parser.parse_known_args(argv)
     if args.quick:
         args.grid, args.seeds, args.steps = ["hierarchy", "main"], 2, 60
-        args.images, args.val_images, args.probe_epochs = 128, 50, 1
+        args.images, args.val_images = 128, 50
         args.flags = ["--dataset", "digits", "--arch", "shufflenet_v2_x0_5", "--epochs", "2",
                       "--warmup-epochs", "1", *args.flags]
-    if not args.num_clusters:
-        sizes = {max(2, args.images // n) for n in pretrain.IMAGES_PER_PROTOTYPE}
-        args.num_clusters = sorted(sizes)
     return args
 
 
@@ -117,7 +112,8 @@ def grids():
         hierarchy |= methods([P]) | variants(forms(), [P])
         more |= variants({"PCL, ProtoNCE x 3": (flags(proto=3, align=0, uniform=0, corr=0), None)}
                          | weights() | alone() | left_out(), [P])
-    return dict(main=moco | methods(), few=methods(["4"]) | methods(["10", "40"]),
+    coarse = moco | methods(["4"]) | methods(["10", "40"])
+    return dict(main=moco | methods(), coarse=coarse,
                 weights=variants(weights()), terms=variants(alone() | left_out()),
                 forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more)
 
@@ -312,11 +308,25 @@ def on_hierarchy(run, args, record):
 # ------------------------------------------------------------------------------- one run on images
 
 
+def small_resnet(arch="small", small_images=True, bn_splits=1):
+    """What stands in for builder.build_backbone with --arch small: a ResNet of three basic blocks,
+    32, 64 and 128 wide, quick on a CPU."""
+    def block(width, out, stride):
+        shortcut = nn.Sequential(nn.Conv2d(width, out, 1, stride, bias=False), nn.BatchNorm2d(out))
+        return BasicBlock(width, out, stride, shortcut if width != out else None)
+    stem = nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU(inplace=True)
+    net = nn.Sequential(*stem, block(32, 32, 1), block(32, 64, 2), block(64, 128, 2),
+                        nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net.fc = nn.Identity()
+    return net, 128
+
+
 def data(args, held_out="val"):
     """What stands in for loader.load: "train" are the first nine tenths of a fixed permutation of
     the training images, "val" is the rest of them, or the test set."""
     def take(whole, rows, device):
-        return loader.Arrays(whole.images[rows, 0].numpy(), whole.labels[rows].numpy(), device)
+        images = whole.images[rows].permute(0, 2, 3, 1).squeeze(3)
+        return loader.Arrays(images.numpy(), whole.labels[rows].numpy(), device)
 
     def load(dataset, root, split, classes=None, bits=8, device="cpu"):
         if (split, held_out) == ("val", "test"):
@@ -330,8 +340,8 @@ def data(args, held_out="val"):
 
 
 def on_images(run, args, record):
-    """A run on images: train, measure, probe. Returns its record, or None where it failed; of what
-    is in `record` nothing is made again."""
+    """A run on images: train and measure. Returns its record, or None where it failed; of what is
+    in `record` nothing is made again."""
     folder = args.output / run["folder"]
     folder.mkdir(exist_ok=True)
     os.dup2(os.open(folder / "run.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), 1)
@@ -339,30 +349,33 @@ def on_images(run, args, record):
     cuda = torch.cuda.is_available() and "cpu" not in args.flags
     torch.set_num_threads(max(1, os.cpu_count() // args.jobs) if cuda else 1)
     pretrain.pauc = FORMS.get(run["form"], pauc)  # this process makes one run at a time
-    argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", "--num-clusters",
-            *map(str, args.num_clusters), *args.flags, *run["flags"], "--seed", str(run["seed"])]
+    if "small" in args.flags:
+        builder.build_backbone = small_resnet
+    argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", *args.flags, *run["flags"],
+            "--seed", str(run["seed"]), "--output", str(folder), "--resume", "auto"]
     if torch.distributed.is_initialized():  # a run that failed has left it
         torch.distributed.destroy_process_group()
     try:
         if "linear" not in record:
             started, loader.load = time.time(), data(args)
-            pretrain.main([*argv, "--output", str(folder), "--resume", "auto"])
+            pretrain.main(argv)
             record["seconds_pretrain"] = time.time() - started
-            record |= measure(argv, folder / "checkpoint.pth", args.num_clusters)
+            record |= measure(argv, folder / "checkpoint.pth")
             record["curve"] = [*logged(folder / "log.jsonl"), {
                 name: record[name] for name in ("epoch", *COAGULATION)}]
-            record |= probes(argv, folder, args, "")
         if args.test:
             loader.load = data(args, "test")
-            record |= probes(argv, folder, args, "test_")
+            found = measure(argv, folder / "checkpoint.pth")
+            record |= {f"test_{name}": found[name] for name in TITLES if name in found}
     except SystemExit:  # pretrain's, with the reason in run.txt
         return None
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return record | dict(argv=argv, torch=torch.__version__, device=device)
 
 
-def on_model(argv, path, function):
-    """function(model, train, val, args) with a run's model, data and flags."""
+def measure(argv, path):
+    """The figures of a checkpoint: of coagulation, on the training images' embeddings; and of the
+    backbone's features, on loader.load's "val"."""
     found = {}
 
     def worker(args):
@@ -370,46 +383,25 @@ def on_model(argv, path, function):
         checkpoint = pretrain.load(path)
         state = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
         model = builder.MoCo(args.arch, args.dim, state["queue"].shape[1], args.moco_m, args.mlp,
-                             args.crop_size < 64)
+                             args.crop_size < loader.SMALL_CROP)
         model.load_state_dict(state)
         model.to(args.device, memory_format=torch.channels_last)
-        found.update(function(model, train, val, args), epoch=checkpoint["epoch"])
-    pretrain.launch(worker, pretrain.parse_args(argv))
-    return found
-
-
-def measure(argv, path, sizes):
-    """The coagulation figures of a checkpoint, and the AMI of its clusters with the labels."""
-    def function(model, train, val, args):
-        usual, args.num_clusters = pretrain.parse_args([]), sizes
-        for name in ("kmeans_iters", "kmeans_restarts", "kmeans_init"):  # not the run's own
-            setattr(args, name, getattr(usual, name))
-        clusterings, figures = pretrain.e_step(model, train, args, args.epochs)
-        figures = {name: mean(figures[name]) for name in COAGULATION}
-        return figures | dict(ami=mean([
-            adjusted_mutual_info_score(train.labels, clustering[0]) for clustering in clusterings]))
-    return on_model(argv, path, function)
-
-
-def probes(argv, folder, args, prefix):
-    """kNN, few labels and the linear probe of a run's last checkpoint, on loader.load's "val"."""
-    def function(model, train, val, args):
+        v = F.normalize(pretrain.embed(model.encoder_k, train, args)[0], dim=1)
+        assignments, prototypes, _ = lincls.kmeans(v, MEASURED, args)
+        found.update(losses.coagulation(v, assignments, prototypes), epoch=checkpoint["epoch"],
+                     effective_rank=losses.effective_rank(v))
         backbone, parts = builder.backbone_of(model.encoder_q), []
         for split in (train, val):
             features, labels = pretrain.embed(backbone, split, args)
             parts += [F.normalize(features, dim=1).cpu(), labels.cpu()]
-        return dict(knn=pretrain.knn(backbone, train, val, args), **few_labels(*parts))
-    path, output = folder / "checkpoint.pth", folder / f"{prefix}probe"
-    found, then = on_model(argv, path, function), pretrain.parse_args(argv)
-    milestones = [str(args.probe_epochs * tenths // 10) for tenths in (6, 8)]
-    lincls.main(["--pretrained", str(path), "--output", str(output), "--resume", "auto",
-                 "--lr", str(args.probe_lr), "--epochs", str(args.probe_epochs),
-                 "--schedule", *milestones, "--min-scale", str(then.min_scale),
-                 "--batch-size", str(min(args.probe_batch, args.images)),
-                 "--device", then.device, "--amp", then.amp, "--nproc", "1"])
-    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
-    found["linear"] = [line["top1"] for line in lines if "top1" in line][-1]  # not the best
-    return {prefix + name: value for name, value in found.items() if name != "epoch"}
+        classes = lincls.kmeans(parts[0], train.num_classes, args).assignments.cpu()
+        found.update(linear=linear(*parts), knn=pretrain.knn(backbone, train, val, args),
+                     ami=adjusted_mutual_info_score(parts[1], classes), **few_labels(*parts))
+        if args.dataset == "folder":  # CIFAR-10's
+            bank, labels, queries, truth = parts
+            found.update(merged=linear(bank, ANIMALS[labels], queries, ANIMALS[truth]))
+    pretrain.launch(worker, pretrain.parse_args(argv))
+    return found
 
 
 def logged(path):
@@ -439,7 +431,7 @@ def main(argv=None):
     if vectors:
         failed += run_all("hierarchy", vectors, on_hierarchy, dict(steps=args.steps), args)
     if images:
-        names = "flags", "images", "val_images", "num_clusters", "probe_lr", "probe_epochs"
+        names = "data", "flags", "images", "val_images"
         failed += run_all("images", images, on_images, {n: getattr(args, n) for n in names}, args)
     sys.exit(failed > 0)
 
