@@ -41,6 +41,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
+from tqdm import tqdm
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "test", "testing")
@@ -50,6 +51,7 @@ KINDS = 8  # of other files that a note counts
 LOOK_IMAGES = 32  # files whose depth is looked at before a run
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
+MEMORY = 2 ** 32  # bytes of a folder's images that are held in it
 TRIES = 10  # at a random crop that fits into the image
 CHUNK_PIXELS = 2 ** 16  # augmented at once on the CPU, to stay in its cache
 
@@ -78,19 +80,23 @@ def shown(text):
 # -------------------------------------------------------------------------------------- data sets
 
 
-def load(dataset, root, split, classes=None, bits=16, device="cpu"):
-    """The `split` ("train" or "val") of a data set of DATASETS; None where there is no such split.
+def load(dataset, root, classes=None, bits=16, device="cpu"):
+    """The training set and the validation set, or None, of one of DATASETS.
 
     root: the image folder, or where torchvision's sets are or will be put. Of a folder alone:
     classes, a file of class folders to keep, one a line; bits, how many of them 16-bit files use.
     """
     if dataset == "folder":
-        return _folder(root, split, classes, bits)
-    if classes:
+        train, val = (_in_memory(data, device) for data in _folder(root, classes, bits))
+    elif classes:
         raise UsageError("--classes: only an image folder has class folders to choose from")
-    if bits != 16:
+    elif bits != 16:
         raise UsageError("--bits: only an image folder has files of 16 bits")
-    return DATASETS[dataset](root, split, device)
+    else:
+        train, val = (DATASETS[dataset](root, split, device) for split in ("train", "val"))
+    if val is not None:
+        val.statistics = train.statistics
+    return train, val
 
 
 class Arrays:
@@ -161,47 +167,64 @@ def _torchvision(name, root, split, device):
 # ------------------------------------------------------------------------------- folders of images
 
 
-def _folder(root, split, classes, bits):
-    """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels. Both splits are
-    listed for either, as what is wrong with val is among train's notes."""
+def _folder(root, classes, bits):
+    """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels."""
     root, notes, others = Path(root), [], Counter()
     if not root.is_dir():
         raise FileError(shown(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or "
                               f"any tree of images"))
     train, val = _splits(root, notes)
     images = list(_walk(train, others))
-    folders = sorted({_top(image) for image in images} - {""})
-    known, loose = set(folders), sum(not _top(image) for image in images)
-    if classes:
-        folders = _chosen(classes, train, known)
+    known, loose = _class_folders(images)
+    folders = _chosen(classes, train, known) if classes else known
     labelled = bool(classes) or train != root and 2 * loose <= len(images)
-    if loose and known and not labelled and train != root:
-        notes.append(f"{train}: most images lie beside its folders; all are taken, without labels")
-    elif loose and labelled:
-        notes.append(f"{train}: {loose} images beside the class folders are left out")
-    unknown, held = [], []
-    if val:
-        held = list(_walk(val, others)) if labelled else []
-        there = {_top(image) for image in held} - {""}
-        unknown = sorted(there - known)
-        notes += _notes_on_val(val, labelled, held, there, folders, unknown)
-    if others:
-        kinds = [f"{number} {kind or 'without'}" for kind, number in others.most_common(KINDS)]
-        notes.append(f"{root}: not images by their extension, left out: {', '.join(kinds)}")
-    if split == "val":
-        if not held:
-            return None
-        data = _files(root, val, held, folders, bits)
-        data.unknown_classes = unknown
-        return data if len(data) else None
     data = _files(root, train, images, folders if labelled else None, bits)
     if not len(data):
         where = f"in the class folders of {train}" if labelled else "at any depth"
         kinds = " ".join(sorted(_extensions()))
         raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
+    if loose and labelled:
+        notes.append(f"{train}: {loose} images beside the class folders are left out")
+    elif loose and known and train != root:
+        notes.append(f"{train}: most images lie beside its folders; all are taken, without labels")
+    if val and not labelled:
+        notes.append(f"{val}: not used, as the training images have no labels")
+    held = _validation(root, val, known, folders, bits, notes, others) if val and labelled else None
+    if others:
+        kinds = [f"{number} {kind or 'without'}" for kind, number in others.most_common(KINDS)]
+        notes.append(f"{root}: not images by their extension, left out: {', '.join(kinds)}")
     notes += _notes_on_depth(data, bits)
     data.notes = [shown(note) for note in notes]
-    return data
+    return data, held
+
+
+def _validation(root, folder, known, wanted, bits, notes, others):
+    """The images of val in the class folders `wanted` of those `known` from train; None if there
+    are none."""
+    images = list(_walk(folder, others))
+    there, loose = _class_folders(images)
+    unknown, absent = sorted({*there} - {*known}), sorted({*wanted} - {*there})
+    if not there:
+        notes.append(f"{folder}: not used, as it has no class folders; sort its {loose} images "
+                     f"into those of the training images to monitor or probe")
+        return None
+    if unknown:
+        notes.append(f"{folder}: classes without training images are left out: "
+                     f"{', '.join(unknown)}")
+    if absent:
+        notes.append(f"{folder}: has no images of {len(absent)} classes: {', '.join(absent[:5])}")
+    if loose:
+        notes.append(f"{folder}: {loose} images beside the class folders are left out")
+    data = _files(root, folder, images, wanted, bits)
+    data.unknown_classes = unknown
+    return data if len(data) else None
+
+
+def _class_folders(images):
+    """The first folders of relative paths, sorted, and how many paths have none."""
+    tops = Counter(map(_top, images))
+    loose = tops.pop("", 0)
+    return sorted(tops), loose
 
 
 def _files(root, folder, images, classes, bits):
@@ -209,15 +232,33 @@ def _files(root, folder, images, classes, bits):
     labels = dict.fromkeys(map(_top, images), -1)
     if classes is not None:
         labels = {name: label for label, name in enumerate(classes)}
-    below = "" if folder == root else folder.name
     samples = [(labels[_top(image)], *os.path.split(image)) for image in images
                if _top(image) in labels]
     if classes is None:
         samples.sort(key=lambda sample: os.path.join(*sample[1:]))
     else:
         samples.sort()
+    below = "" if folder == root else folder.name
     names = [os.path.join(below, *parts) for _, *parts in samples]
     return Files(root, names, [label for label, *_ in samples], len(classes or ()), bits)
+
+
+def _in_memory(files, device):
+    """Arrays of the images of `files`, if they all have one size and are small; else as they are."""
+    if files is None:
+        return None
+    shape = files[0][0].shape
+    if max(shape) > SMALL_CROP or len(files) * math.prod(shape) > MEMORY:
+        return files
+    images = np.empty((len(files), *shape[1:], shape[0]), np.uint8)
+    for i in tqdm(range(len(files)), "reading", delay=10, disable=None, leave=False):
+        image, _ = files[i]
+        if image.shape != shape:
+            return files
+        images[i] = image.permute(1, 2, 0)
+    data = Arrays(images, files.labels.numpy(), device)
+    data.names, data.notes, data.unknown_classes = files.names, files.notes, files.unknown_classes
+    return data
 
 
 def _top(path):
@@ -233,7 +274,7 @@ def _splits(root, notes):
                   for usual in (TRAIN_NAMES, VAL_NAMES))
     rest = sorted(set(names.values()) - {train, val})
     if train and not val:
-        full = [name for name in rest if _holds_images(root / name)]
+        full = [name for name in rest if next(_walk(root / name), None)]
         if full:
             notes.append(f"{root}: {train} is taken for one of the folders of images "
                          f"({', '.join(full[:5])}), as there is no val: all are without labels")
@@ -241,39 +282,15 @@ def _splits(root, notes):
     elif not train:
         notes.append(f"{root}: there is no folder train: all images at any depth are taken"
                      + (f", those of {val} too" if val else "") + ", without labels")
-    if train:
-        loose = sum(_is_image(name) and not is_folder for name, is_folder, _ in entries)
-        rest += [f"{loose} images beside {train}"] if loose else []
-        if rest:
-            notes.append(f"{root}: not used: {', '.join(rest)}")
-        if train.lower() not in TRAIN_NAMES[:1] or val and val.lower() not in VAL_NAMES[:1]:
-            notes.append(f"{root}: {train} is taken for the training images, {val} for the monitor")
-    return root / train if train else root, root / val if val else None
-
-
-def _holds_images(folder):
-    try:
-        return any(True for _ in _walk(folder))
-    except FileError:
-        return False
-
-
-def _notes_on_val(val, labelled, images, there, folders, unknown):
-    if not labelled:
-        return [f"{val}: not used, as the training images have no labels"]
-    if not there:
-        return [f"{val}: not used, as it has no class folders; sort its {len(images)} images into "
-                f"those of the training images to monitor or probe"]
-    notes = []
-    absent = sorted(set(folders) - there)
-    loose = sum(not _top(image) for image in images)
-    if unknown:
-        notes.append(f"{val}: classes without training images are left out: {', '.join(unknown)}")
-    if absent:
-        notes.append(f"{val}: has no images of {len(absent)} classes: {', '.join(absent[:5])}")
-    if loose:
-        notes.append(f"{val}: {loose} images beside the class folders are left out")
-    return notes
+    if not train:
+        return root, None
+    loose = sum(_is_image(name) and not is_folder for name, is_folder, _ in entries)
+    rest += [f"{loose} images beside {train}"] if loose else []
+    if rest:
+        notes.append(f"{root}: not used: {', '.join(rest)}")
+    if train.lower() != TRAIN_NAMES[0] or val and val.lower() != VAL_NAMES[0]:
+        notes.append(f"{root}: {train} is taken for the training images, {val} for the monitor")
+    return root / train, root / val if val else None
 
 
 def _chosen(path, train, known):
@@ -459,7 +476,6 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="list the images that cannot be read")
     parser.add_argument("dir", type=Path, metavar="DIR", help="a folder of images, at any depth")
     args = parser.parse_args(argv)
-    from tqdm import tqdm
     if not args.dir.is_dir():
         parser.exit(FileError.status, shown(f"{args.dir}: no such folder") + "\n")
     paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir))

@@ -541,13 +541,10 @@ def open_data(args):
     downloads if need be."""
     if args.local_rank > 0:
         dist.barrier()
-    train, val = (loader.load(args.dataset, args.dir, split, args.classes, args.bits, args.device)
-                  for split in ("train", "val"))
+    data = loader.load(args.dataset, args.dir, args.classes, args.bits, args.device)
     if args.local_rank == 0:
         dist.barrier()
-    if val is not None:
-        val.statistics = train.statistics
-    return train, val
+    return data
 
 
 def fit(args, num_images):

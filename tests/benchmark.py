@@ -367,7 +367,7 @@ def augmentation(options):
         folder = Path(root) / "train" / "class"
         folder.mkdir(parents=True)
         kilobytes = write_photographs(folder, number)
-        data, transform = loader.load("folder", root, "train"), moco_v2(size)
+        data, transform = loader.load("folder", root)[0], moco_v2(size)
         crops = loader.RandomCrops(data, size, 0, 2, 0.2)
         augment = loader.Augment("v2", size, data.statistics)
         count, paths = itertools.count(), sorted(folder.iterdir())

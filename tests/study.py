@@ -328,14 +328,17 @@ def data(args, held_out="val"):
         images = whole.images[rows].permute(0, 2, 3, 1).squeeze(3)
         return loader.Arrays(images.numpy(), whole.labels[rows].numpy(), device)
 
-    def load(dataset, root, split, classes=None, bits=8, device="cpu"):
-        if (split, held_out) == ("val", "test"):
-            return read(dataset, root, "val", device=device)
-        whole = read(dataset, root, "train")
+    def load(dataset, root, classes, bits, device):
+        whole, test = read(dataset, root, device="cpu")
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
         most = len(whole) * 9 // 10
-        rows = order[:most][:args.images] if split == "train" else order[most:][:args.val_images]
-        return take(whole, rows, device)
+        train = take(whole, order[:most][:args.images], device)
+        if held_out == "test":
+            val = take(test, torch.arange(len(test)), device)
+        else:
+            val = take(whole, order[most:][:args.val_images], device)
+        val.statistics = train.statistics
+        return train, val
     return load
 
 

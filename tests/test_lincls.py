@@ -79,10 +79,11 @@ def shuffled(monkeypatch):
     real = loader.load
 
     def load(*args):
-        data = real(*args)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
-        data.labels = data.labels[order]
-        return data
+        both = real(*args)
+        for data in both:
+            order = torch.randperm(len(data), generator=torch.Generator().manual_seed(1))
+            data.labels = data.labels[order]
+        return both
     monkeypatch.setattr(loader, "load", load)
 
 
@@ -227,7 +228,7 @@ def test_the_picture_frames_neighbours_by_class(trained, kept, evaluate, tmp_pat
 
 def test_a_fraction_is_stratified_and_part_of_a_larger_one(group):
     args = lincls.parse_args(["--pretrained", "x", "--knn", "--label-fraction", "0.01", "0.1"])
-    data = loader.load("digits", "data", "train")
+    data = loader.load("digits", "data")[0]
     (_, few), (_, more) = lincls.label_subsets(args, data)
     assert data.labels[few].bincount().tolist() == [1] * 10
     assert set(few.tolist()) < set(more.tolist())

@@ -15,7 +15,7 @@ import loader
 
 
 def test_digits_are_split_once_and_stratified():
-    train, val = loader.load("digits", None, "train"), loader.load("digits", None, "val")
+    train, val = loader.load("digits", None)
     assert (len(train), len(val), train.num_classes) == (1437, 360, 10)
     share = torch.bincount(train.labels) / len(train) - torch.bincount(val.labels) / len(val)
     assert share.abs().max() < 0.005
@@ -24,7 +24,7 @@ def test_digits_are_split_once_and_stratified():
 
 
 def test_statistics_standardise_the_training_images():
-    train = loader.load("digits", None, "train")
+    train = loader.load("digits", None)[0]
     mean, std = train.statistics
     x = train.images.double() / 255
     assert mean == pytest.approx([x.mean().item()] * 3)
@@ -46,7 +46,7 @@ PIXELS, LABELS = np.random.default_rng(0).integers(0, 256, (4, 28, 28), dtype=np
 
 def test_fashion_mnist_is_read_from_gz_alone(tmp_path):
     raw = write_fashion_mnist(tmp_path)
-    data = loader.load("fashionmnist", tmp_path, "val")
+    data = loader.load("fashionmnist", tmp_path)[1]
     assert (data.images[:, 0].numpy() == PIXELS).all() and data.labels.tolist() == [0, 1, 2, 1]
     assert sorted(path.suffix for path in raw.iterdir()) == [".gz"] * 4
 
@@ -58,29 +58,28 @@ def test_a_damaged_fashion_mnist_is_said_in_one_line(tmp_path):
     for content in (whole[:-20], b"no gzip", whole[:30] + b"xx" + whole[32:], spoilt):
         (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
         with pytest.raises(loader.FileError, match="damaged.*fetch it again"):
-            loader.load("fashionmnist", tmp_path, "train")
+            loader.load("fashionmnist", tmp_path)
 
 
 @pytest.mark.parametrize("flags", [dict(classes="x"), dict(bits=12)])
 def test_arrays_take_no_flags_of_folders(flags):
     with pytest.raises(loader.UsageError, match="only an image folder"):
-        loader.load("digits", None, "train", **flags)
+        loader.load("digits", None, **flags)
 
 
 def test_a_data_set_is_one_function_in_the_table(monkeypatch):
     def zeros(root, split, device):
         return loader.Arrays(np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], device)
     monkeypatch.setitem(loader.DATASETS, "zeros", zeros)
-    assert loader.load("zeros", None, "train").labels.tolist() == [0, 1, 0, 1]
+    assert loader.load("zeros", None)[0].labels.tolist() == [0, 1, 0, 1]
 
 
 def test_errors_have_the_status_of_their_kind_and_pass_from_a_worker(tmp_path):
     assert (loader.UsageError.status, loader.FileError.status) == (2, 1)
     name = "new\nline\udcff.png"
     (tmp_path / name).write_bytes(b"no image")
-    data = loader.load("folder", tmp_path, "train")
     try:
-        data[0]
+        loader.Files(tmp_path, [name], [0], 1)[0]
     except loader.FileError:
         wrapped = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(loader.FileError) as caught:
@@ -96,12 +95,13 @@ def test_errors_have_the_status_of_their_kind_and_pass_from_a_worker(tmp_path):
 def write(root, *names):
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4)).save(root / name)
+        Image.new("RGB", (80, 80)).save(root / name)  # too large to be held in memory
     return root
 
 
-def folder(root, *names, split="train", **options):
-    return loader.load("folder", write(root, *names), split, **options)
+def folder(root, *names, **options):
+    """The training set of a folder with such files."""
+    return loader.load("folder", write(root, *names), **options)[0]
 
 
 def said(data, *words):
@@ -112,7 +112,7 @@ def said(data, *words):
 def test_folder_labels_follow_the_training_classes_in_both_splits(tmp_path):
     train = folder(tmp_path, "train/b/1.png", "train/a/x/2.png", "train/c/3.PNG", "val/c/4.png",
                    "val/b/5.png", "val/a/6.png")
-    val = loader.load("folder", tmp_path, "val")
+    val = loader.load("folder", tmp_path)[1]
     assert train.labels.tolist() == [0, 1, 2] and train.num_classes == 3
     assert train.names == ["train/a/x/2.png", "train/b/1.png", "train/c/3.PNG"]
     assert val.labels.tolist() == [0, 1, 2] and val.names[1] == "val/b/5.png"
@@ -124,8 +124,8 @@ def test_folder_labels_follow_the_training_classes_in_both_splits(tmp_path):
 def test_classes_are_read_as_unix_and_windows_write_them(content, tmp_path):
     write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in "abc"))
     (tmp_path / "keep").write_bytes(content)
-    for split in ("train", "val"):
-        data = loader.load("folder", tmp_path, split, tmp_path / "keep")
+    both = loader.load("folder", tmp_path, tmp_path / "keep")
+    for split, data in zip(("train", "val"), both):
         assert data.names == [f"{split}/b/1.png", f"{split}/c/1.png"]
         assert data.labels.tolist() == [0, 1] and data.unknown_classes == []
 
@@ -134,7 +134,7 @@ def test_any_tree_of_images_is_unlabelled_data(tmp_path):
     (tmp_path / "notes.txt").write_text("no image")
     data = folder(tmp_path, "1.png", "deep/er/2.jpg", "deep/3.png")
     assert data.names == ["1.png", "deep/3.png", "deep/er/2.jpg"]
-    assert data.labels.tolist() == [-1] * 3 and loader.load("folder", tmp_path, "val") is None
+    assert data.labels.tolist() == [-1] * 3 and loader.load("folder", tmp_path)[1] is None
     assert said(data, "no folder train", "without labels") and said(data, "left out: 1 .txt")
 
 
@@ -143,7 +143,7 @@ def test_hidden_names_are_not_there(tmp_path):
           "train/a/.thumbnails/1.png", ".val/a/1.png")
     for name in ("train/a/._1.png", "train/a/.DS_Store"):
         (tmp_path / name).write_bytes(b"companion")
-    data = loader.load("folder", tmp_path, "train")
+    data = loader.load("folder", tmp_path)[0]
     assert data.names == ["train/a/1.png", "train/b/1.png"] and data.notes == []
 
 
@@ -174,19 +174,19 @@ def test_folders_beside_the_splits_are_said_to_be_unused(tmp_path):
 def test_usual_names_of_splits_are_known_and_said(train, val, tmp_path):
     data = folder(tmp_path, f"{train}/a/1.png", f"{val}/a/2.png")
     assert data.names == [f"{train}/a/1.png"] and said(data, f"{val} for the monitor")
-    assert loader.load("folder", tmp_path, "val").names == [f"{val}/a/2.png"]
+    assert loader.load("folder", tmp_path)[1].names == [f"{val}/a/2.png"]
 
 
 def test_val_is_preferred_to_test(tmp_path):
     data = folder(tmp_path, "train/a/1.png", "val/a/2.png", "test/a/3.png")
-    assert loader.load("folder", tmp_path, "val").names == ["val/a/2.png"]
+    assert loader.load("folder", tmp_path)[1].names == ["val/a/2.png"]
     assert said(data, "not used: test")
 
 
 def test_a_val_without_train_is_said_to_be_trained_on(tmp_path):
     data = folder(tmp_path, "a/1.png", "val/1.png")
     assert len(data) == 2 and said(data, "those of val too")
-    assert loader.load("folder", tmp_path, "val") is None
+    assert loader.load("folder", tmp_path)[1] is None
 
 
 @pytest.mark.parametrize("place", ["", "train"])
@@ -197,7 +197,7 @@ def test_links_lead_to_each_file_once(place, tmp_path):
     (inside / "a" / "root").symlink_to(tmp_path)
     (inside / "a" / "other").symlink_to("../b")
     (inside / "a" / "itself").symlink_to("itself")
-    data = loader.load("folder", tmp_path / "images", "train")
+    data = loader.load("folder", tmp_path / "images")[0]
     expected = [os.path.join(place, f"{name}/{i}.png") for name in "ab" for i in (1, 2)]
     assert data.names == expected
 
@@ -207,7 +207,7 @@ def test_classes_may_be_links(tmp_path):
     (tmp_path / "set" / "train").mkdir(parents=True)
     for name in "xy":
         (tmp_path / "set" / "train" / name).symlink_to(tmp_path / "pool" / name)
-    data = loader.load("folder", tmp_path / "set", "train")
+    data = loader.load("folder", tmp_path / "set")[0]
     assert data.names == ["train/x/1.png", "train/y/2.png"] and data.labels.tolist() == [0, 1]
 
 
@@ -223,7 +223,7 @@ def test_a_folder_without_permission_is_named(names, tmp_path, monkeypatch):
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(loader.FileError, match="/b: this folder cannot be read .Permission denied"):
-        loader.load("folder", tmp_path, "train")
+        loader.load("folder", tmp_path)
 
 
 def test_what_pillow_reads_is_an_image_and_other_files_are_counted(tmp_path):
@@ -231,21 +231,40 @@ def test_what_pillow_reads_is_an_image_and_other_files_are_counted(tmp_path):
     for name in ("x.txt", "y.txt", "z.csv", "raw", "v.mpg", "data.h5"):
         (tmp_path / name).write_text("text")
     data = folder(tmp_path, *read)
-    assert data.names == read and [data[i][0].shape for i in range(8)] == [(3, 4, 4)] * 8
+    assert data.names == read and [data[i][0].shape for i in range(8)] == [(3, 80, 80)] * 8
     assert said(data, "2 .txt", "1 .csv", "1 without", "1 .mpg", "1 .h5")
 
 
 def test_unknown_and_absent_classes_of_val_are_named(tmp_path):
     data = folder(tmp_path, "train/a/1.png", "train/b/1.png", "val/a/1.png", "val/bb/1.png")
-    val = loader.load("folder", tmp_path, "val")
+    val = loader.load("folder", tmp_path)[1]
     assert val.names == ["val/a/1.png"] and val.unknown_classes == ["bb"]
     assert said(data, "left out: bb") and said(data, "no images of 1 classes: b")
 
 
 def test_a_flat_val_is_no_monitor(tmp_path):
     data = folder(tmp_path, "train/a/1.png", "val/1.png", "val/2.png")
-    assert loader.load("folder", tmp_path, "val") is None and len(data) == 1
+    assert loader.load("folder", tmp_path)[1] is None and len(data) == 1
     assert said(data, "val: not used, as it has no class folders", "2 images")
+
+
+@pytest.mark.parametrize("shapes, held", [
+    ([(64, 48)], True), ([(65, 48)], False), ([(48, 64), (64, 48)], False)])
+def test_small_images_of_one_size_are_held_in_memory(shapes, held, tmp_path):
+    random = np.random.default_rng(0)
+    for split, label in ((split, label) for split in ("train", "val") for label in "ab"):
+        for j, shape in enumerate(shapes):
+            path = tmp_path / split / label / f"{j}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random.integers(0, 256, (*shape, 3), dtype=np.uint8)).save(path)
+    for split, data in zip(("train", "val"), loader.load("folder", tmp_path)):
+        names = [f"{split}/{label}/{j}.png" for label in "ab" for j in range(len(shapes))]
+        assert data.names == names and data.labels.tolist() == sorted([0, 1] * len(shapes))
+        assert data.notes == data.unknown_classes == []
+        assert hasattr(data, "images") == held
+        for i, name in enumerate(names):
+            image = data.images[i] if held else data[i][0]
+            assert (image.permute(1, 2, 0).numpy() == np.asarray(Image.open(tmp_path / name))).all()
 
 
 def test_the_digest_tells_other_images_of_the_same_number(tmp_path):
@@ -295,7 +314,7 @@ def test_a_depth_that_would_be_guessed_is_refused(values, dtype, words, tmp_path
 def test_bits_scale_16_bit_files_that_use_fewer(tmp_path):
     write(tmp_path, "8.png")
     Image.fromarray(np.array([[0, 273, 4095]], np.uint16)).save(tmp_path / "12.png")
-    plain, scaled = (loader.load("folder", tmp_path, "train", bits=bits) for bits in (16, 12))
+    plain, scaled = (loader.load("folder", tmp_path, bits=bits)[0] for bits in (16, 12))
     assert scaled[0][0][0].tolist() == [[0, 17, 255]] and scaled[1][0].max() == 0
     assert said(plain, "use 12 bits", "4095", "--bits 12") and not said(scaled, "--bits")
     Image.fromarray(np.array([[4096]], np.uint16)).save(tmp_path / "12.png")
@@ -495,7 +514,7 @@ def test_the_augmentation_is_one_graph():
 
 def test_evaluation_of_a_file_is_its_resized_centre(tmp_path):
     Image.fromarray(photo(300, 400).permute(1, 2, 0).numpy()).save(tmp_path / "x.png")
-    data = loader.load("folder", tmp_path, "train")
+    data = loader.load("folder", tmp_path)[0]
     (x, labels), = loader.evaluation(data, 224, "cpu", batch_size=4)
     resized = functional.resize(Image.open(tmp_path / "x.png"), 256)
     centre = functional.to_tensor(functional.center_crop(resized, 224))
@@ -519,7 +538,7 @@ def test_evaluation_of_a_thin_image_is_its_centre_in_little_memory(height, width
 def test_evaluation_of_small_images_is_the_whole_centre_square(kind, tmp_path):
     image = photo(32, 40).permute(1, 2, 0).numpy()
     Image.fromarray(image).save(tmp_path / "x.png")
-    data = loader.load("folder", tmp_path, "train")
+    data = loader.Files(tmp_path, ["x.png"], [0], 1)
     if kind == "memory":
         data = loader.Arrays(image[None], [0])
     (x, _), = loader.evaluation(data, 32, "cpu", 1)
@@ -549,8 +568,8 @@ def views(data, seed=0, epoch=2, start=0, workers=0, **place):
 @pytest.fixture(params=["memory", "files"])
 def data(request, image_folder):
     if request.param == "files":
-        return loader.load("folder", image_folder, "train")
-    return loader.load("digits", None, "val")
+        return loader.load("folder", image_folder)[0]
+    return loader.load("digits", None)[1]
 
 
 def test_views_depend_on_seed_and_epoch_alone(data):
@@ -585,7 +604,7 @@ def test_views_are_of_the_images_that_they_name(data, monkeypatch):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_views_are_the_same_for_any_number_of_workers(workers, image_folder):
-    data = loader.load("folder", image_folder, "train")
+    data = loader.load("folder", image_folder)[0]
     for a, b in zip(views(data), views(data, workers=workers), strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a, b))
 
@@ -607,7 +626,7 @@ def test_an_epoch_goes_on_at_its_step(data, workers):
 
 
 def test_kept_workers_serve_one_epoch_after_another(image_folder):
-    data = loader.load("folder", image_folder, "train")
+    data = loader.load("folder", image_folder)[0]
     batches = loader.Batches(len(data), 8, 0)
     kept = loader.Views(data, batches, loader.Augment("v2", 16, data.statistics), "cpu", workers=1)
     for epoch, start in ((2, 3), (3, 0), (2, 0)):
