@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a second one slows small networks down
@@ -28,11 +29,36 @@ import torch.multiprocessing
 import torch.nn.functional as F
 from PIL import Image
 from sklearn.datasets import load_digits
+from torch import nn
 
+import builder
 import losses
 
 REPO = Path(__file__).parent.parent
-SMALL = ["--device", "cpu", "--arch", "shufflenet_v2_x0_5"]
+REAL = "shufflenet_v2_x0_5"  # for what is started without this file
+SMALL = ["--device", "cpu", "--arch", "tiny"]
+
+
+def tiny(build_backbone=builder.build_backbone):
+    """builder.build_backbone that knows one more network, of two layers: a step takes a tenth of
+    the time of torchvision's smallest."""
+    def build(arch, *args):
+        if arch != "tiny":
+            return build_backbone(arch, *args)
+        bn_splits = args[1] if len(args) > 1 else 1
+        layers, width = OrderedDict(), 3
+        for i in (1, 2):
+            layers[f"conv{i}"] = nn.Conv2d(width, 64, 3, stride=2, padding=1, bias=False)
+            layers[f"bn{i}"] = bn = nn.BatchNorm2d(64)
+            if bn_splits > 1:
+                layers[f"bn{i}"] = builder.SplitBatchNorm2d(bn, bn_splits)
+            layers[f"relu{i}"], width = nn.ReLU(), 64
+        pool = dict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Identity())
+        return nn.Sequential(OrderedDict(layers, **pool)), width
+    return build
+
+
+builder.build_backbone = tiny()
 
 
 # ------------------------------------------------------------------------------------- processes

@@ -248,7 +248,7 @@ def test_a_backbone_of_another_arch_is_refused_by_init(run, short, tmp_path, cal
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--arch", "shufflenet_v2_x1_0"], "--arch shufflenet_v2_x0_5 (now shufflenet_v2_x1_0)"),
+    (["--arch", "shufflenet_v2_x0_5"], "--arch tiny (now shufflenet_v2_x0_5)"),
     (["--dim", "64"], "--dim 128 (now 64)"), (["--no-mlp"], "--mlp True (now False)"),
     (["--queue-size", "50"], "--queue-size 88 (now 50)"),
     (["--batch-size", "100"], "--batch-size 170 (now 100)")])

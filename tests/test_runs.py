@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import (REPO, SMALL, assert_same, digits, here, in_processes,
+from conftest import (REAL, REPO, SMALL, assert_same, digits, here, in_processes,
                       read_checkpoint, read_log, same_ending, script, untimed, write_fashion_mnist)
 from torchvision import models
 
@@ -98,7 +98,7 @@ def test_the_start_says_what_was_understood(whole):
 def test_the_checkpoint_has_the_names_of_mocos_and_the_queues_images(whole):
     state = read_checkpoint(whole[0])["state_dict"]
     assert all(name.startswith("module.") for name in state)
-    assert {"module.queue", "module.queue_ptr", "module.encoder_q.conv1.0.weight",
+    assert {"module.queue", "module.queue_ptr", "module.encoder_q.conv1.weight",
             "module.encoder_k.fc.2.bias"} <= state.keys()
     images = state["module.queue_index"]
     assert images.shape == (88,) and images.min() >= 0 and images.max() < 352
@@ -106,7 +106,7 @@ def test_the_checkpoint_has_the_names_of_mocos_and_the_queues_images(whole):
 
 
 def test_the_backbone_loads_in_torchvision_but_for_its_final_layer(few, tmp_path):
-    here(pretrain.main, *few, "--crop-size", 64, "--epochs", 1, "--num-clusters", 0,
+    here(pretrain.main, *few, "--arch", REAL, "--crop-size", 64, "--epochs", 1, "--num-clusters", 0,
          "--batch-size", 352, "--knn-every", 0, "--output", tmp_path / "run")
     weights = torch.load(tmp_path / "run" / "backbone.pth", weights_only=True)
     keys = models.shufflenet_v2_x0_5().load_state_dict(weights, strict=False)
@@ -202,7 +202,8 @@ def fork(tmp_path):
 
 def test_a_fork_adds_a_term_by_a_function_a_line_and_a_flag(fork, few, tmp_path):
     output = tmp_path / "run"
-    flags = [*few, "--knn-every", 0, "--warmup-epochs", 0, "--print-every", 1, "--output", output]
+    flags = [*few, "--arch", REAL, "--knn-every", 0, "--warmup-epochs", 0, "--print-every", 1,
+             "--output", output]
     code = f"import pretrain; flags = {[*map(str, flags)]!r}\n"
     code += "pretrain.main(flags + ['--epochs', '1'])\n"
     code += "pretrain.main(flags + ['--epochs', '2', '--resume', 'auto'])"
@@ -328,7 +329,7 @@ def test_learning_rate_is_a_half_cosine_or_steps():
 
 def test_a_folder_of_mixed_images_runs_through_both_scripts(image_folder, tmp_path):
     flags = ["--epochs", 1, "--batch-size", 20, "--device", "cpu", "--crop-size", 32]
-    done = script("pretrain.py", image_folder, *SMALL, *flags, "--warmup-epochs", 0, "--knn-every",
+    done = script("pretrain.py", image_folder, "--arch", REAL, *flags, "--warmup-epochs", 0, "--knn-every",
                   1, "--workers", 2, "--output", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "--queue-size 15, not 16384: fitted" in done.stdout
@@ -376,7 +377,7 @@ def test_two_processes_log_what_one_with_two_bn_splits_does(few, tmp_path, start
 
 def test_two_torchrun_agents_train_one_model_and_say_what_is_unused(few, tmp_path, start,
                                                                     free_port):
-    flags = [*few, "--epochs", 1, "--warmup-epochs", 0, "--world-size", 2]
+    flags = [*few, "--arch", REAL, "--epochs", 1, "--warmup-epochs", 0, "--world-size", 2]
     agents = [start(tmp_path / "run", flags,
                     torchrun=["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
                               "--rdzv-endpoint", f"localhost:{free_port}", "--local-addr",

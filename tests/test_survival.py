@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from conftest import (SMALL, Running, gone, here, read_checkpoint, read_log, same_ending,
+from conftest import (REAL, SMALL, Running, gone, here, read_checkpoint, read_log, same_ending,
                       untimed)
 
 import lincls
@@ -26,10 +26,10 @@ def flags(few):
 def whole(flags, tmp_path_factory):
     """whole(nproc): the output of an uninterrupted run of so many processes, and its flags."""
     @functools.cache
-    def make(nproc):
-        output = tmp_path_factory.mktemp("whole") / "run"
-        finish(output, *flags, "--nproc", nproc)
-        return output, [*flags, "--nproc", nproc]
+    def make(nproc, arch="tiny"):
+        output, own = tmp_path_factory.mktemp("whole") / "run", [*flags, "--arch", arch]
+        finish(output, *own, "--nproc", nproc)
+        return output, [*own, "--nproc", nproc]
     return make
 
 
@@ -106,7 +106,7 @@ def test_a_run_killed_in_a_phase_ends_the_same(phase, whole, tmp_path, start):
 
 
 def test_a_killed_process_ends_the_job_and_is_named(whole, tmp_path, start):
-    run = start(tmp_path / "run", whole(2)[1])
+    run = start(tmp_path / "run", whole(2)[1], patch=SLOW)
     run.steps(3)
     everyone = run.descendants()
     os.kill(everyone[1], signal.SIGKILL)
@@ -118,7 +118,7 @@ def test_a_killed_process_ends_the_job_and_is_named(whole, tmp_path, start):
 
 
 def test_processes_do_not_outlive_a_killed_parent(whole, tmp_path, start):
-    run = start(tmp_path / "run", whole(2)[1])
+    run = start(tmp_path / "run", whole(2)[1], patch=SLOW)
     run.steps(3)
     everyone = run.descendants()
     run.signal(signal.SIGKILL)
@@ -129,15 +129,20 @@ def test_processes_do_not_outlive_a_killed_parent(whole, tmp_path, start):
 
 # ------------------------------------------------------------------------------------------ signals
 
-REAL = [sys.executable]  # not forked by the tests: as a user starts it
+SLOW = """
+def enqueue(*args, real=builder.MoCo.enqueue):
+    time.sleep(0.1)
+    real(*args)
+builder.MoCo.enqueue = enqueue"""  # steps that a signal can be sent in
 
 
 @pytest.mark.parametrize("number, status, nproc, command", [
     (signal.SIGTERM, 143, 1, None), (signal.SIGINT, 130, 1, None), (signal.SIGUSR1, 0, 1, None),
-    (signal.SIGHUP, 129, 1, None), (signal.SIGINT, 130, 2, REAL)])
+    (signal.SIGHUP, 129, 1, None), (signal.SIGINT, 130, 2, [sys.executable])])
 def test_a_signal_saves_after_the_step_and_ends_with_its_status(number, status, nproc, command,
                                                                 whole, tmp_path, start):
-    run = start(tmp_path / "run", whole(nproc)[1], command=command)
+    reference, flags = whole(nproc, REAL) if command else whole(nproc)  # not forked: as users do
+    run = start(tmp_path / "run", flags, command=command, patch=SLOW)
     run.steps(3)
     everyone = [run.pid, *run.descendants()]
     run.signal(number)
@@ -147,11 +152,11 @@ def test_a_signal_saves_after_the_step_and_ends_with_its_status(number, status, 
     assert f"stopped by {signal.Signals(number).name} after step" in said, said
     assert "Traceback" not in said
     gone(everyone)
-    goes_on_to_the_same_end(tmp_path / "run", *whole(nproc))
+    goes_on_to_the_same_end(tmp_path / "run", reference, flags)
 
 
 def test_nohup_keeps_a_run_from_ending_by_sighup(whole, tmp_path, start):
-    patch = "signal.signal(signal.SIGHUP, signal.SIG_IGN)"  # as nohup leaves it
+    patch = SLOW + "\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"  # as nohup leaves it
     run = start(tmp_path / "run", whole(1)[1], patch=patch)
     run.steps(3)
     run.signal(signal.SIGHUP)
@@ -160,7 +165,7 @@ def test_nohup_keeps_a_run_from_ending_by_sighup(whole, tmp_path, start):
 
 
 def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step(whole, tmp_path, start):
-    run = start(tmp_path / "run", whole(2)[1])
+    run = start(tmp_path / "run", whole(2)[1], patch=SLOW)
     run.steps(3)
     os.kill(run.descendants()[1], signal.SIGTERM)
     code, said = run.end()
@@ -296,20 +301,20 @@ def test_a_signal_to_all_does_not_kill_the_data_workers_before_the_step_is_saved
 # ------------------------------------------------------------------------------ torchrun and SLURM
 
 
-def test_torchrun_restarts_a_killed_process_and_the_run_goes_on_by_itself(whole, flags, tmp_path,
-                                                                          start):
+def test_torchrun_restarts_a_killed_process_and_the_run_goes_on_by_itself(whole, tmp_path, start):
+    reference, (*flags, _, _) = whole(2, REAL)
     run = start(tmp_path / "run", flags, torchrun=[
         "--standalone", "--nproc-per-node", "2", "--max-restarts", "1"])
     run.steps(14)
     os.kill(run.descendants()[0], signal.SIGKILL)
     code, said = run.end(200)
     assert code == 0, said
-    ended_the_same(tmp_path / "run", whole(2)[0])
+    ended_the_same(tmp_path / "run", reference)
 
 
-def test_torchrun_that_handles_sigusr1_hands_it_on_and_the_run_is_saved(whole, flags, tmp_path,
-                                                                        start):
-    run = start(tmp_path / "run", flags, torchrun=[
+def test_torchrun_that_handles_sigusr1_hands_it_on_and_the_run_is_saved(whole, tmp_path, start):
+    reference, flags = whole(1, REAL)
+    run = start(tmp_path / "run", flags[:-2], torchrun=[
         "--standalone", "--nproc-per-node", "1", "--signals-to-handle",
         "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"])
     run.steps(3)
@@ -318,7 +323,7 @@ def test_torchrun_that_handles_sigusr1_hands_it_on_and_the_run_is_saved(whole, f
     _, said = run.end()
     assert "stopped by SIGUSR1 after step" in said, said
     gone(everyone)
-    goes_on_to_the_same_end(tmp_path / "run", *whole(1))
+    goes_on_to_the_same_end(tmp_path / "run", reference, flags)
 
 
 # As the README gives it.
@@ -352,7 +357,7 @@ def slurm(tmp_path, monkeypatch):
 
 def test_the_batch_script_requeues_an_unfinished_run_and_not_a_finished_one(slurm, whole, tmp_path,
                                                                             start):
-    output, (reference, flags) = tmp_path / "run", whole(1)
+    output, (reference, flags) = tmp_path / "run", whole(1, REAL)
     job = tmp_path / "job.sh"
     job.write_text(SBATCH.replace("IMAGENET --save-every 500 --resume auto",
                                   " ".join(map(str, [*flags, "--output", output]))))
@@ -421,7 +426,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(whole, tmp_path, sta
     output = shutil.copytree(whole(1)[0], tmp_path / "run")
     shutil.copy(output / "checkpoint.prev.pth", output / "checkpoint.pth")  # of step 20 of 22
     before = (output / "checkpoint.pth").read_bytes()
-    full = f"import resource; most = {len(before) - 100_000}, resource.RLIM_INFINITY\n"
+    full = f"import resource; most = {len(before) // 2}, resource.RLIM_INFINITY\n"
     full += "resource.setrlimit(resource.RLIMIT_FSIZE, most)"
     run = start(output, whole(1)[1], patch=full)
     code, said = run.end()
@@ -435,7 +440,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint(whole, tmp_path, sta
 
 def test_another_number_of_processes_goes_on_with_the_same_computation(whole, tmp_path, start):
     output, (reference, flags) = tmp_path / "run", whole(2)
-    run = start(output, flags)
+    run = start(output, flags, patch=SLOW)
     run.steps(12)
     run.signal(signal.SIGUSR1)
     assert run.end()[0] == 0
@@ -459,7 +464,8 @@ def test_the_probe_is_stopped_and_goes_on_in_the_same_way(whole, few, tmp_path, 
     flags = ["--pretrained", whole(1)[0] / "checkpoint.pth", "--device", "cpu", "--epochs", 6,
              "--batch-size", 32, "--lr", 1, "--print-every", 1]
     outputs = [tmp_path / name for name in ("run", "once")]
-    run = start(outputs[0], flags, script="lincls.py")
+    slow = "def top(*args, real=pretrain.read_report): time.sleep(0.1); return real(*args)"
+    run = start(outputs[0], flags, script="lincls.py", patch=slow + "\npretrain.read_report = top")
     run.steps(3)
     run.signal(signal.SIGTERM)
     assert run.end()[0] == 143, run.text()
