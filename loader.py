@@ -244,7 +244,7 @@ def _files(root, folder, images, classes, bits):
 
 
 def _in_memory(files, device):
-    """Arrays of the images of `files`, if they all have one size and are small; else as they are."""
+    """Arrays of the images of `files`, if all have one small size; else the files as they are."""
     if files is None:
         return None
     shape = files[0][0].shape

@@ -115,7 +115,8 @@ def grids():
     coarse = moco | methods(["4"]) | methods(["10", "40"])
     return dict(main=moco | methods(), coarse=coarse,
                 weights=variants(weights()), terms=variants(alone() | left_out()),
-                forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more)
+                forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more,
+                hierarchy_queue=queues(["100"]))
 
 
 def methods(sizes=()):
@@ -147,6 +148,15 @@ def left_out():
 
 def forms():
     return {f"PAUC, {name}": ([], name) for name in FORMS}
+
+
+def queues(sizes):
+    """PAUC with a queue of a quarter of the images or of all, each with a query's own older keys
+    masked or as negatives."""
+    own, full = "own keys as negatives", ["--queue-size", str(VECTORS)]
+    named = {own: ([], own), "queue of all": (full, None), f"queue of all, {own}": (full, own)}
+    named = {f"PAUC, {name}": method for name, method in named.items()}
+    return methods(sizes) | variants(named, sizes, ["PAUC"])
 
 
 # ------------------------------------------------------------------- other forms of the three terms
@@ -186,7 +196,15 @@ def uniformity_within(batch, clusterings, args):
     return loss, figures
 
 
+def own_keys_as_negatives(batch, clusterings, args):
+    """As in MoCo: a query's own older keys, where the queue holds some, are negatives."""
+    full = batch.queue_index >= 0
+    return pauc(batch._replace(queue_index=batch.queue_index.masked_fill(full, builder.UNKNOWN)),
+                clusterings, args)
+
+
 FORMS = {"first reading": first_reading, "uniformity within": uniformity_within}
+QUEUES = {"own keys as negatives": own_keys_as_negatives}
 
 
 # ------------------------------------------------------------------------ a hierarchy of Gaussians
@@ -231,7 +249,8 @@ def train_on_hierarchy(flags, seed, form=pauc, steps=600):
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
     optimizer = torch.optim.SGD(encoder_q.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    queue, queue_index = torch.zeros(EMBEDDING, QUEUE), torch.full((QUEUE,), builder.EMPTY)
+    size = args.queue_size or QUEUE
+    queue, queue_index = torch.zeros(EMBEDDING, size), torch.full((size,), builder.EMPTY)
     warmup, clusterings = steps // 4, []
     for step in range(steps):
         if step >= warmup and (step - warmup) % CLUSTER_EVERY == 0:
@@ -249,7 +268,7 @@ def train_on_hierarchy(flags, seed, form=pauc, steps=600):
         loss.backward()
         optimizer.step()
         schedule.step()
-        columns = (step * BATCH + torch.arange(BATCH)) % QUEUE
+        columns = (step * BATCH + torch.arange(BATCH)) % size
         queue[:, columns], queue_index[columns] = k.T, index
     return encoder_q.eval(), encoder_k.eval(), x, x_val, labels, args
 
@@ -302,7 +321,7 @@ def few_labels(bank, labels, queries, truth, draws=5):
 
 def on_hierarchy(run, args, record):
     """A run on the hierarchy: its record."""
-    return hierarchy(run["flags"], run["seed"], FORMS.get(run["form"], pauc), args.steps)
+    return hierarchy(run["flags"], run["seed"], (FORMS | QUEUES).get(run["form"], pauc), args.steps)
 
 
 # ------------------------------------------------------------------------------- one run on images
@@ -351,7 +370,7 @@ def on_images(run, args, record):
     os.dup2(1, 2)
     cuda = torch.cuda.is_available() and "cpu" not in args.flags
     torch.set_num_threads(max(1, os.cpu_count() // args.jobs) if cuda else 1)
-    pretrain.pauc = FORMS.get(run["form"], pauc)  # this process makes one run at a time
+    pretrain.pauc = (FORMS | QUEUES).get(run["form"], pauc)  # this process makes one run at a time
     if "small" in args.flags:
         builder.build_backbone = small_resnet
     argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", *args.flags, *run["flags"],
