@@ -216,13 +216,6 @@ class MoCo(nn.Module):
         self.queue_index[columns[-size:]] = index[-size:].to(k.device, non_blocking=True)
         self.queue_ptr.add_(len(k)).remainder_(size)
 
-    @torch.no_grad()
-    def share_running_statistics(self):
-        """Send process 0's BN statistics to all, before any use in eval mode."""
-        for name, buffer in self.named_buffers():
-            if name.startswith("encoder_"):
-                dist.broadcast(buffer, src=0)
-
     def _load_from_state_dict(self, state, prefix, *rest):
         if prefix + "queue" in state:  # MoCo's own is full, and does not say of which images
             unknown = torch.full_like(self.queue_index, UNKNOWN)

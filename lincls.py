@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import builder
 import loader
 import pretrain
-from pretrain import FileError, UsageError, bar, natural_float, part, positive, say
+from pretrain import UsageError, bar, natural_float, part, positive, say
 
 # The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
 IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08, flip=True, batch_size=256)
@@ -40,7 +40,7 @@ FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
 DROP, FINETUNE_DROP = 0.1, 0.2  # of the learning rates at each epoch of --schedule
 FIXED = "dataset", "arch", "crop_size", "batch_size", "finetune"
 L2 = [10.0 ** -exponent for exponent in range(7)]
-SVM = dict(C=0.5, max_iter=2000, random_state=0)
+SVM = dict(C=0.5, dual=True, max_iter=2000, random_state=0)
 KMEANS = dict(kmeans_iters=100, kmeans_restarts=1, kmeans_init="auto", temperature=1.0)
 STARTS = 5  # of k-means
 ROW, TILE, GAP = 8, 40, 4  # of a picture: neighbours in a row, and pixels
@@ -72,7 +72,6 @@ def parse_args(argv=None):
     add("--min-scale", type=part, help="least part of an image in a random crop (default: 0.08)")
     add("--output", type=Path, help="default: lincls/ beside the checkpoint, or the probe's")
     pretrain.add_common(add)
-    pretrain.ignore(add)
     args = parser.parse_args(argv)
     args.wd = args.wd or 0.0
     beside = args.pretrained.parent / "lincls" if args.pretrained else args.evaluate.parent
@@ -109,7 +108,9 @@ def main_worker(args):
         report(args, "evaluate", validate(net, val, args))
     else:
         (_, rows), = subsets
-        train_net(net, subset(train, rows), val, args)
+        labelled = subset(train, rows)
+        adopt_schedule(args, len(labelled) / len(train))
+        train_net(net, labelled, val, args)
 
 
 # ------------------------------------------------------------------------------ what is evaluated
@@ -121,38 +122,46 @@ def adopt(args, source):
     then = source.get("args")
     if not isinstance(then, dict) or then.get("dataset") not in loader.DATASETS:
         then = {}  # MoCo's and PCL's say the arch alone
-    known = None if args.dir and then.get("dataset") == "digits" else then.get("dataset")
-    args.dataset = args.dataset or known or ("folder" if args.dir else "digits")
-    args.dir = args.dir or then.get("dir") or "data"
-    same_folder = Path(args.dir).resolve() == Path(then.get("dir", "")).resolve()
-    if same_folder and args.dataset == then.get("dataset"):
-        args.classes = args.classes or then.get("classes")
-        args.bits = min(args.bits, then.get("bits") or args.bits)
+    its_dir = then.get("dir") if then.get("dataset") != "digits" else None
+    same_dir = not args.dir or its_dir and Path(args.dir).resolve() == Path(its_dir).resolve()
+    args.dataset = args.dataset or (then.get("dataset") if same_dir else "folder") or "digits"
+    if args.dataset == then.get("dataset"):
+        args.dir = args.dir or its_dir
+        if same_dir:
+            args.classes = args.classes or then.get("classes")
+            args.bits = min(args.bits, then.get("bits") or args.bits)
+    args.dir = args.dir or "data"
     usual = pretrain.DEFAULTS[args.dataset]
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
     args.arch = args.arch or source.get("arch") or usual["arch"]
-    usual = DEFAULTS[args.dataset]
+
+
+def adopt_schedule(args, labelled):
+    """Take the defaults of what is trained, with such a part of the labels."""
+    usual = SMALL if args.dataset == "folder" and args.small_images else DEFAULTS[args.dataset]
     if args.finetune:
-        few = args.label_fraction and args.label_fraction[0] <= 0.01
-        large = FINETUNE_1_PERCENT if few else FINETUNE
-        usual = usual | (large if args.dataset == "folder" else FINETUNE_SMALL)
+        large = FINETUNE_1_PERCENT if labelled < 0.05 else FINETUNE
+        usual = usual | (FINETUNE_SMALL if args.small_images else large)
     for name, value in usual.items():
         if name != "batch_size" and getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def check_labels(args, train, val):
-    if getattr(val, "unknown_classes", None):
-        raise UsageError(f"{args.dir}: val has classes that train has not, rename or remove them: "
-                         f"{', '.join(val.unknown_classes)}")
+    say(f"data {args.dataset}, {len(train)} images in {train.num_classes} classes, "
+        f"{len(val or ())} to evaluate on")
+    for note in train.notes:
+        say(note)
     if val is None or not train.num_classes:
         raise UsageError(f"{args.dir}: a probe needs labels, DIR/train/CLASS/* and "
                          f"DIR/val/CLASS/*; put the images of each class into a folder of its "
                          f"name, in both")
-    for note in dict.fromkeys([*train.notes, *val.notes]):
-        say(note)
+    if getattr(val, "unknown_classes", None):
+        names = loader.shown(", ".join(val.unknown_classes))
+        raise UsageError(f"{args.dir}: val has classes that train has not, rename or remove them: "
+                         f"{names}")
 
 
 def load_net(args, source, num_classes):
@@ -216,18 +225,13 @@ def draw(labels, label, *seed):
 
 def read_label_list(path, names):
     """The rows of the images in a list, by path or, as in SimCLR's, by the file's name alone."""
-    try:
-        lines = set(path.read_text("utf-8-sig").split("\n"))
-    except (OSError, UnicodeError) as error:
-        raise FileError(f"--label-list {path}: cannot be read ({error})") from None
-    lines = {line.strip() for line in lines if line.strip()}
+    lines = set(loader.read_lines("--label-list", path))
     lines_of = {i: name if name in lines else Path(name).name for i, name in enumerate(names)}
     rows = [i for i, line in lines_of.items() if line in lines]
     if not rows or len({lines_of[i] for i in rows}) < len(rows):
         raise UsageError(f"--label-list {path}: its lines name no training image, or several at "
-                         f"once; give names as in {names[0]}")
-    if len(rows) < len(lines):
-        say(f"--label-list {path}: {len(rows)} of its {len(lines)} lines are images here")
+                         f"once; give names as in {loader.shown(names[0])}")
+    say(f"--label-list {path}: {len(rows)} of its {len(lines)} lines are images here")
     return torch.tensor(rows)
 
 
@@ -260,7 +264,8 @@ def train_net(net, train, val, args):
     in train mode, over each process's part of the batch (SwAV's over all of it).
     """
     pretrain.fit_batch(args, len(train), DEFAULTS[args.dataset]["batch_size"])
-    position, checkpoint = pretrain.open_output(args, train, FIXED)
+    pretrain.lock(args.output)
+    log_size, checkpoint = pretrain.open_output(args, train, FIXED)
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
     groups = [dict(params=fc.parameters())]
     if args.finetune:
@@ -277,11 +282,10 @@ def train_net(net, train, val, args):
         if moved(frozen, checkpoint["state_dict"]):
             raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
                              f"was begun on; give that one, or start another --output")
-        pretrain.restore(checkpoint, run, net, optimizer, args)
-        scaler.load_state_dict(checkpoint["scaler"])
+        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
     del checkpoint
-    others = results_after(position, args)
-    log = pretrain.Log(args, position, run)
+    others = results_after(log_size, args)
+    log = pretrain.Log(args, log_size, run)
     for record in others if log.speaks else ():
         log.write(record)
     trained_fc = DistributedDataParallel(fc)
@@ -296,8 +300,6 @@ def train_net(net, train, val, args):
         train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, save_run)
         if moved(frozen, net.state_dict()):
             raise RuntimeError(f"the frozen backbone moved: {moved(frozen, net.state_dict())[0]}")
-        for buffer in backbone.buffers():
-            dist.broadcast(buffer, src=0)  # BN's statistics, that --finetune moves
         figures = validate(net, val, args)
         run.update(epoch=epoch + 1, step=0, best=max(run["best"], figures["top1"]))
         figures["best"] = run["best"]
@@ -360,22 +362,28 @@ def top_hits(logits, labels):
 
 def evaluate_features(net, train, val, subsets, args):
     """All protocols asked for, on one extraction; kNN by all processes, the rest by one."""
+    num_classes, first = train.num_classes, dist.get_rank() == 0
+    if (args.cluster or 0) > len(val):
+        raise UsageError(f"--cluster {args.cluster}: more than val's {len(val)} images")
+    for _, rows in subsets:
+        labels = train.labels if rows is None else train.labels[rows]
+        if args.shots and max(args.shots) > labels.bincount(minlength=num_classes).min():
+            raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
     features = extract(builder.backbone_of(net), train, val, args)
-    queries, query_labels, num_classes = features["val"], val.labels, train.num_classes
-    first = dist.get_rank() == 0
+    queries = features["val"], val.labels
     if args.cluster is not None and first:
-        cluster(queries, query_labels, args.cluster or num_classes, args)
+        cluster(*queries, args.cluster or num_classes, args)
     for chosen, rows in subsets:
-        x, y = features["train"], train.labels
+        bank = features["train"], train.labels
         if rows is not None:
-            x, y = x[rows], y[rows]
-        chosen = dict(images=len(y), **chosen)
+            bank = bank[0][rows], bank[1][rows]
+        chosen = dict(images=len(bank[1]), **chosen)
         if args.knn:
-            knn(x, y, queries, query_labels, num_classes, chosen, args)
+            knn(bank, queries, num_classes, chosen, args)
         if args.shots and first:
-            low_shot(x, y, queries, query_labels, num_classes, chosen, args)
+            low_shot(bank, queries, num_classes, chosen, args)
         if args.logreg and first:
-            logreg(x, y, queries, query_labels, num_classes, chosen, args)
+            logreg(bank, queries, num_classes, chosen, args)
     if args.neighbours and first:
         draw_neighbours(features, train, val, args)
     dist.barrier()
@@ -385,21 +393,23 @@ def extract(backbone, train, val, args):
     """The features of both sets, float32 on the CPU; --features keeps them with labels and names,
     or has them. Every process has all of them: 10 GB for ImageNet and a ResNet-50."""
     path = args.features
-    of = [digest(backbone), train.digest, val.digest, args.crop_size, args.bits] if path else None
+    of = [digest(backbone), train.digest, val.digest, str(Path(args.dir).resolve()),
+          args.crop_size, args.bits, args.amp] if path else None
     if path and path.exists():
         features = pretrain.load(path)
         if not isinstance(features, dict) or features.get("of") != of:
             raise UsageError(f"--features {path}: is of another backbone, data or crop; name "
                              f"another file")
         return features
-    sets, features = dict(train=train, val=val), {}
-    for split, data in sets.items():
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
+    features = dict(of=of)
+    for split, data in (("train", train), ("val", val)):
         v, _ = pretrain.embed(backbone, data, args)
         features[split] = builder.gather(v)[:len(data)].cpu().clone()
+        features |= {f"{split}_labels": data.labels, f"{split}_names": names_of(data)}
     if path and dist.get_rank() == 0:
-        labels = {f"{split}_labels": data.labels for split, data in sets.items()}
-        names = {f"{split}_names": names_of(data) for split, data in sets.items()}
-        pretrain.save(path, dict(of=of) | features | labels | names)
+        pretrain.save(path, features)
     return features
 
 
@@ -411,11 +421,10 @@ def digest(backbone):
     return weights.hexdigest()
 
 
-def knn(x, y, queries, query_labels, num_classes, chosen, args):
+def knn(bank, queries, num_classes, chosen, args):
     """The weighted k-nearest-neighbour classifier (arXiv 1805.01978), by cosine."""
-    bank = own_rows(x, 0, args), own_rows(y, -1, args)
-    queries = own_rows(queries, 0, args), own_rows(query_labels, -1, args)
-    found = pretrain.neighbours(bank, queries, len(query_labels), num_classes, args.knn,
+    own = [(own_rows(x, 0, args), own_rows(y, -1, args)) for x, y in (bank, queries)]
+    found = pretrain.neighbours(*own, len(queries[0]), num_classes, args.knn,
                                 args.knn_temperature)
     for k, top1 in found.items():
         report(args, "knn", dict(knn=top1), k=k, temperature=args.knn_temperature, **chosen)
@@ -430,14 +439,12 @@ def own_rows(x, fill, args):
     return rows
 
 
-def low_shot(x, y, queries, query_labels, num_classes, chosen, args):
+def low_shot(bank, queries, num_classes, chosen, args):
     """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM for each
     class on normalised features, C = 0.5, a class's own images weighing twice, over several draws
     of N images a class. PCL reports VOC's mAP; with one class an image it is top-1."""
     from sklearn.svm import LinearSVC
-    if max(args.shots) > y.bincount(minlength=num_classes).min():
-        raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
-    x, queries = (F.normalize(z, dim=1).numpy() for z in (x, queries))
+    (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
     weights = dict.fromkeys(range(num_classes), 2)
     for shots in args.shots:
         top1 = []
@@ -445,18 +452,18 @@ def low_shot(x, y, queries, query_labels, num_classes, chosen, args):
             rows = [draw(y, label, args.seed, "shots", run)[:shots] for label in weights]
             svm = LinearSVC(**SVM, class_weight=weights)
             svm.fit(x[torch.cat(rows)], y[torch.cat(rows)])
-            top1.append(100 * svm.score(queries, query_labels))
+            top1.append(100 * svm.score(x_val, y_val))
         std, mean = torch.std_mean(torch.tensor(top1), correction=0)
         report(args, "shots", dict(top1=mean.item(), std=std.item()), shots=shots, runs=args.runs,
                C=SVM["C"], **chosen)
 
 
-def logreg(x, y, queries, query_labels, num_classes, chosen, args):
+def logreg(bank, queries, num_classes, chosen, args):
     """Multinomial logistic regression on standardised features (arXiv 1805.08974), with the l2,
     from strong to weak, at which the cross-entropy on a held-out tenth of them is least."""
-    mean, std = x.mean(0), x.std(0, correction=0)
-    x, queries = (((z - mean) / std.clamp(min=1e-6)).to(args.device) for z in (x, queries))
-    y, query_labels = y.to(args.device), query_labels.to(args.device)
+    mean, std = bank[0].mean(0), bank[0].std(0, correction=0).clamp(min=1e-6)
+    (x, y), (x_val, y_val) = ((((x - mean) / std).to(args.device), y.to(args.device))
+                              for x, y in (bank, queries))
     generator = torch.Generator().manual_seed(loader.seed_of(args.seed, "held out"))
     order = torch.randperm(len(x), generator=generator).to(args.device)
     tenth = math.ceil(len(x) / 10)
@@ -469,7 +476,7 @@ def logreg(x, y, queries, query_labels, num_classes, chosen, args):
             break
         least, best = loss, l2
     fc = fit_logreg(x, y, num_classes, best)
-    hits = 100 * top_hits(fc(queries), query_labels) / len(queries)
+    hits = 100 * top_hits(fc(x_val), y_val) / len(x_val)
     report(args, "logreg", dict(zip(("top1", "top5"), hits.tolist())), l2=best, **chosen)
 
 
@@ -507,8 +514,6 @@ def cluster(v, labels, num_clusters, args):
 
 def kmeans(v, num_clusters, args):
     """The best of several k-means of the normalised features, a losses.Clustering."""
-    if num_clusters > len(v):
-        raise UsageError(f"--cluster {num_clusters}: more than val's {len(v)} images")
     v = F.normalize(v, dim=1).to(args.device)
     settings = argparse.Namespace(**vars(args) | KMEANS)
     found = [pretrain.kmeans(v, num_clusters, loader.seed_of(args.seed, "cluster", start), settings)
@@ -526,7 +531,7 @@ def draw_neighbours(features, train, val, args):
         near = (bank @ v[i]).topk(min(ROW, len(bank))).indices.tolist()
         picture.append([tile(val, i, None), *(tile(train, j, val.labels[i]) for j in near)])
     assignments, prototypes, _ = kmeans(v, args.cluster or min(len(v), val.num_classes), args)
-    for j in range(min(args.neighbours, len(prototypes))):
+    for j in assignments.unique()[:args.neighbours].tolist():
         members = (assignments == j).nonzero()[:, 0].cpu()
         order = (v[members] @ prototypes[j].cpu()).argsort(descending=True)
         main = val.labels[members].mode().values
@@ -535,7 +540,7 @@ def draw_neighbours(features, train, val, args):
     height = len(picture) * step + step // 2 + GAP
     sheet = Image.new("RGB", ((ROW + 1) * step + GAP, height), "white")
     for row, tiles in enumerate(picture):
-        top = GAP + row * step + (step // 2 if row >= args.neighbours else 0)
+        top = GAP + row * step + (step // 2 if row >= min(args.neighbours, len(v)) else 0)
         for column, image in enumerate(tiles):
             sheet.paste(image, (GAP + column * step, top))
     args.output.mkdir(parents=True, exist_ok=True)
@@ -568,10 +573,10 @@ def report(args, protocol, figures, **parameters):
     write(args.output / "log.jsonl", "a", json.dumps(record) + "\n")
 
 
-def results_after(position, args):
+def results_after(size, args):
     """What other protocols have written into the part of the log that a probe is about to cut."""
     path = args.output / "log.jsonl"
-    lines = path.read_bytes()[position:].splitlines() if path.exists() else []
+    lines = path.read_bytes()[size:].splitlines() if path.exists() else []
     return [json.loads(line) for line in lines
             if line.startswith(b'{"protocol"') and line.endswith(b"}")]
 
@@ -580,12 +585,10 @@ def write(path, mode, text):
     """Of all processes the first writes."""
     if dist.get_rank() > 0:
         return
-    try:
+    with pretrain.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode) as file:
+        with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
             file.write(text)
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

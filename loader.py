@@ -16,7 +16,8 @@ A data set is any object with
     notes                lines that a person should read: what was left out, what was taken for what
     images               (n, c, H, W) uint8 on the device; or else, if it is not in memory,
     __getitem__          i -> (3, H, W) uint8, label
-and one of files has `names`, their n paths. A new one is a function in DATASETS.
+and one of files has `names`, their n paths. A new one is a function (root, device) -> train, val
+or None in DATASETS, with its default flags in the two scripts' DEFAULTS.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
@@ -30,7 +31,9 @@ import sys
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -45,13 +48,15 @@ from tqdm import tqdm
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "test", "testing")
-NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow needs other programs for them
+NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF",  # Pillow needs other programs for them
+            "FITS"}  # whose signed integers it takes for unsigned
 STATISTICS_IMAGES = 10_000
-KINDS = 8  # of other files that a note counts
+MOST_KINDS = 8  # of other files that a note counts
 LOOK_IMAGES = 32  # files whose depth is looked at before a run
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
-MEMORY = 2 ** 32  # bytes of a folder's images that are held in it
+MEMORY = 2 ** 30  # bytes: a folder whose small images take no more is held in memory
+ASPECT_MOST = 4  # of an image that is resized for evaluation
 TRIES = 10  # at a random crop that fits into the image
 CHUNK_PIXELS = 2 ** 16  # augmented at once on the CPU, to stay in its cache
 
@@ -87,13 +92,13 @@ def load(dataset, root, classes=None, bits=16, device="cpu"):
     classes, a file of class folders to keep, one a line; bits, how many of them 16-bit files use.
     """
     if dataset == "folder":
-        train, val = (_in_memory(data, device) for data in _folder(root, classes, bits))
+        train, val = (data and _in_memory(data, device) for data in _folder(root, classes, bits))
     elif classes:
         raise UsageError("--classes: only an image folder has class folders to choose from")
     elif bits != 16:
         raise UsageError("--bits: only an image folder has files of 16 bits")
     else:
-        train, val = (DATASETS[dataset](root, split, device) for split in ("train", "val"))
+        train, val = DATASETS[dataset](root, device)
     if val is not None:
         val.statistics = train.statistics
     return train, val
@@ -111,57 +116,55 @@ class Arrays:
         self.digest = digest.hexdigest()
         images = torch.from_numpy(images).to(device)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
-        part = self.images[:STATISTICS_IMAGES].double() / 255
-        mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0)
+        part = self.images[::max(1, len(images) // STATISTICS_IMAGES)].double() / 255
+        mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
         self.statistics = mean.expand(3).tolist(), std.expand(3).tolist()
 
     def __len__(self):
         return len(self.images)
 
 
-def _digits(_, split, device):
+def _digits(_, device):
     from sklearn.datasets import load_digits  # slow to import
     from sklearn.model_selection import train_test_split
     digits = load_digits()
     images = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # 1797x8x8
-    halves = train_test_split(images, digits.target, test_size=0.2, stratify=digits.target,
-                              random_state=0)
-    train_images, val_images, train_labels, val_labels = halves
-    if split == "train":
-        return Arrays(train_images, train_labels, device)
-    return Arrays(val_images, val_labels, device)
+    train, val, train_labels, val_labels = train_test_split(
+        images, digits.target, test_size=0.2, stratify=digits.target, random_state=0)
+    return Arrays(train, train_labels, device), Arrays(val, val_labels, device)
 
 
-def _fashion_mnist(root, split, device):
+def _fashion_mnist(root, device):
     """Its .gz files as they are, if they are there: torchvision would unpack them first."""
-    stem = Path(root, "FashionMNIST", "raw", "train" if split == "train" else "t10k")
-    files = Path(f"{stem}-images-idx3-ubyte.gz"), Path(f"{stem}-labels-idx1-ubyte.gz")
-    if not all(file.is_file() for file in files):
-        return _torchvision("FashionMNIST", root, split, device)
-    images, labels = _idx(files[0], header=16), _idx(files[1], header=8)
-    if images.size != len(labels) * 28 * 28 or not len(labels):
-        raise FileError(shown(f"{stem.parent}: a file is damaged (its size); fetch it again"))
-    return Arrays(images.reshape(-1, 28, 28), labels, device)
+    folder = Path(root, "FashionMNIST", "raw")
+    files = [(folder / f"{split}-images-idx3-ubyte.gz", folder / f"{split}-labels-idx1-ubyte.gz")
+             for split in ("train", "t10k")]
+    if not all(path.is_file() for pair in files for path in pair):
+        return _torchvision("FashionMNIST", root, device)
+    return [_idx(*pair, device) for pair in files]
 
 
-def _idx(path, header):
+def _idx(images, labels, device):
     try:
-        return np.frombuffer(gzip.decompress(path.read_bytes())[header:], np.uint8)
-    except (EOFError, OSError, zlib.error) as error:
-        message = f"{path}: this file is damaged ({error}); fetch it again"
+        pixels = np.frombuffer(gzip.decompress(images.read_bytes()), np.uint8, offset=16)
+        labels = np.frombuffer(gzip.decompress(labels.read_bytes()), np.uint8, offset=8)
+        return Arrays(pixels.reshape(len(labels), 28, 28), labels, device)
+    except (EOFError, OSError, ValueError, zlib.error) as error:
+        message = f"{images.parent}: {images.name} or its labels are damaged ({error}); fetch again"
         raise FileError(shown(message)) from None
 
 
-def _torchvision(name, root, split, device):
+def _torchvision(name, root, device):
     from torchvision import datasets
     try:
-        data = getattr(datasets, name)(root, train=split == "train", download=True)
+        kind = getattr(datasets, name)
+        both = [kind(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
         message = (f"{root}: {name.lower()} is not there and cannot be downloaded ({error}); put "
                    f"its archives there, or name the folder that holds them: "
                    f"python pretrain.py DIR --dataset {name.lower()}")
         raise FileError(shown(message)) from None
-    return Arrays(np.asarray(data.data), data.targets, device)
+    return [Arrays(np.asarray(data.data), data.targets, device) for data in both]
 
 
 # ------------------------------------------------------------------------------- folders of images
@@ -174,10 +177,10 @@ def _folder(root, classes, bits):
         raise FileError(shown(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or "
                               f"any tree of images"))
     train, val = _splits(root, notes)
-    images = list(_walk(train, others))
-    known, loose = _class_folders(images)
+    images = _by_folder(train, others)
+    known, loose = sorted(images.keys() - {""}), len(images[""])
     folders = _chosen(classes, train, known) if classes else known
-    labelled = bool(classes) or train != root and 2 * loose <= len(images)
+    labelled = bool(classes) or train != root and 2 * loose <= sum(map(len, images.values()))
     data = _files(root, train, images, folders if labelled else None, bits)
     if not len(data):
         where = f"in the class folders of {train}" if labelled else "at any depth"
@@ -191,7 +194,8 @@ def _folder(root, classes, bits):
         notes.append(f"{val}: not used, as the training images have no labels")
     held = _validation(root, val, known, folders, bits, notes, others) if val and labelled else None
     if others:
-        kinds = [f"{number} {kind or 'without'}" for kind, number in others.most_common(KINDS)]
+        kinds = others.most_common(MOST_KINDS)
+        kinds = [f"{number} {kind or 'without extension'}" for kind, number in kinds]
         notes.append(f"{root}: not images by their extension, left out: {', '.join(kinds)}")
     notes += _notes_on_depth(data, bits)
     data.notes = [shown(note) for note in notes]
@@ -201,9 +205,9 @@ def _folder(root, classes, bits):
 def _validation(root, folder, known, wanted, bits, notes, others):
     """The images of val in the class folders `wanted` of those `known` from train; None if there
     are none."""
-    images = list(_walk(folder, others))
-    there, loose = _class_folders(images)
-    unknown, absent = sorted({*there} - {*known}), sorted({*wanted} - {*there})
+    images = _by_folder(folder, others)
+    there, loose = images.keys() - {""}, len(images[""])
+    unknown, absent = sorted(there - {*known}), sorted({*wanted} - there)
     if not there:
         notes.append(f"{folder}: not used, as it has no class folders; sort its {loose} images "
                      f"into those of the training images to monitor or probe")
@@ -220,56 +224,54 @@ def _validation(root, folder, known, wanted, bits, notes, others):
     return data if len(data) else None
 
 
-def _class_folders(images):
-    """The first folders of relative paths, sorted, and how many paths have none."""
-    tops = Counter(map(_top, images))
-    loose = tops.pop("", 0)
-    return sorted(tops), loose
+def _by_folder(folder, others):
+    """The images below a folder, relative paths, by the first folder of each, "" where it has none;
+    what else there is, is counted in `others`."""
+    found = {"": []}
+    for path in _walk(folder, others):
+        top, _, below = path.partition(os.sep)
+        found.setdefault(top if below else "", []).append(path)
+    return found
 
 
 def _files(root, folder, images, classes, bits):
-    """Files of the images (paths below `folder`) in the classes' folders; without classes, all."""
-    labels = dict.fromkeys(map(_top, images), -1)
-    if classes is not None:
-        labels = {name: label for label, name in enumerate(classes)}
-    samples = [(labels[_top(image)], *os.path.split(image)) for image in images
-               if _top(image) in labels]
+    """Files of the images in the classes' folders; without classes, of all."""
     if classes is None:
-        samples.sort(key=lambda sample: os.path.join(*sample[1:]))
+        samples = [(path, -1) for path in sorted(chain(*images.values()))]
     else:
-        samples.sort()
+        samples = [(path, label) for label, name in enumerate(classes)
+                   for path in sorted(images.get(name, ()))]
     below = "" if folder == root else folder.name
-    names = [os.path.join(below, *parts) for _, *parts in samples]
-    return Files(root, names, [label for label, *_ in samples], len(classes or ()), bits)
+    names = [os.path.join(below, path) for path, _ in samples]
+    return Files(root, names, [label for _, label in samples], len(classes or ()), bits)
 
 
 def _in_memory(files, device):
     """Arrays of the images of `files`, if all have one small size; else the files as they are."""
-    if files is None:
-        return None
-    shape = files[0][0].shape
-    if max(shape) > SMALL_CROP or len(files) * math.prod(shape) > MEMORY:
+    try:
+        with Image.open(files.path(0)) as image:
+            width, height = image.size
+    except Exception:  # a broken file, which is named when it is read
         return files
-    images = np.empty((len(files), *shape[1:], shape[0]), np.uint8)
+    shape = len(files), height, width, 3
+    if max(width, height) > SMALL_CROP or math.prod(shape) > MEMORY:
+        return files
+    images = np.empty(shape, np.uint8)
     for i in tqdm(range(len(files)), "reading", delay=10, disable=None, leave=False):
         image, _ = files[i]
-        if image.shape != shape:
+        if image.shape[1:] != (height, width):
             return files
         images[i] = image.permute(1, 2, 0)
     data = Arrays(images, files.labels.numpy(), device)
-    data.names, data.notes, data.unknown_classes = files.names, files.notes, files.unknown_classes
+    for name in ("names", "num_classes", "digest", "notes", "unknown_classes"):
+        setattr(data, name, getattr(files, name))
     return data
-
-
-def _top(path):
-    """The first folder of a relative path; "" of a file that lies in none."""
-    return path.partition(os.sep)[0] if os.sep in path else ""
 
 
 def _splits(root, notes):
     """The folders of the training and validation images (None: there is none), by usual names."""
-    entries = _list(root)
-    names = {name.lower(): name for name, is_folder, _ in entries if is_folder}
+    _, folders, files = next(os.walk(root, onerror=_unreadable))
+    names = {name.lower(): name for name in folders if not name.startswith(".")}
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
     rest = sorted(set(names.values()) - {train, val})
@@ -284,7 +286,7 @@ def _splits(root, notes):
                      + (f", those of {val} too" if val else "") + ", without labels")
     if not train:
         return root, None
-    loose = sum(_is_image(name) and not is_folder for name, is_folder, _ in entries)
+    loose = sum(map(_is_image, files))
     rest += [f"{loose} images beside {train}"] if loose else []
     if rest:
         notes.append(f"{root}: not used: {', '.join(rest)}")
@@ -293,16 +295,21 @@ def _splits(root, notes):
     return root / train, root / val if val else None
 
 
-def _chosen(path, train, known):
-    """The class folders that a file names, one a line, as Unix or Windows writes it."""
+def read_lines(flag, path):
+    """The lines of a text file, but empty ones, as Unix or Windows writes it."""
     try:
         text = Path(path).read_bytes()
         utf_16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))
-        lines = text.decode("utf-16" if utf_16 else "utf-8-sig").splitlines()
+        text = text.decode("utf-16" if utf_16 else "utf-8-sig", errors="surrogateescape")
     except (OSError, UnicodeError) as error:
-        raise FileError(shown(f"--classes {path}: cannot be read ({error}); give a text file with "
-                              f"one folder name a line")) from None
-    keep = sorted(set(filter(None, map(str.strip, lines))))
+        raise FileError(shown(f"{flag} {path}: cannot be read ({error}); give a text file with one "
+                              f"name a line")) from None
+    return list(filter(None, map(str.strip, text.splitlines())))
+
+
+def _chosen(path, train, known):
+    """The class folders that a file names, one a line."""
+    keep = sorted(set(read_lines("--classes", path)))
     missing = [name for name in keep if name not in known]
     if not keep:
         raise UsageError(shown(f"--classes {path}: is empty"))
@@ -313,27 +320,26 @@ def _chosen(path, train, known):
 
 def _walk(folder, others=None):
     """The images below a folder, by relative path; counts in `others` the other files' extensions.
+    Names that begin with a dot are not there.
 
     Each folder is entered once, and by its own path rather than a link if it has one below here.
     """
     seen = {_identity(parent) for parent in folder.resolve().parents}
-    folders, links = [""], []
-    while folders or links:
-        if not folders:  # the shallowest link first
-            links.sort(key=lambda name: (name.count(os.sep), name), reverse=True)
-        below = (folders or links).pop()
-        identity = _identity(folder / below)
-        if identity in seen:
-            continue
-        seen.add(identity)
-        for name, is_folder, is_link in _list(folder / below):
-            name = os.path.join(below, name)
-            if is_folder:
-                (links if is_link else folders).append(name)
-            elif _is_image(name):
-                yield name
-            elif others is not None:
-                others[os.path.splitext(name)[1].lower()] += 1
+    starts = [str(folder)]
+    for start in starts:
+        for path, folders, files in os.walk(start, onerror=_unreadable):
+            identity, below = _identity(path), os.path.relpath(path, folder)
+            if identity in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            starts += filter(os.path.islink, [os.path.join(path, name) for name in folders])
+            for name in files:
+                if _is_image(name):
+                    yield name if below == os.curdir else os.path.join(below, name)
+                elif others is not None and not name.startswith("."):
+                    others[os.path.splitext(name)[1].lower()] += 1
 
 
 def _identity(folder):
@@ -341,26 +347,13 @@ def _identity(folder):
     return status.st_dev, status.st_ino
 
 
-def _list(folder):
-    """What is in a folder, but what begins with a dot: its name, whether it is a folder or leads to
-    one, whether it is a link."""
-    found = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                is_link = entry.is_symlink()
-                # is_dir() knows without asking the disk, but raises at a link to itself
-                is_folder = os.path.isdir(entry.path) if is_link else entry.is_dir()
-                if not entry.name.startswith("."):
-                    found.append((entry.name, is_folder, is_link))
-    except OSError as error:
-        raise FileError(shown(f"{folder}: this folder cannot be read ({error.strerror}); change "
-                              f"its permissions, or move it away")) from None
-    return found
+def _unreadable(error):
+    raise FileError(shown(f"{error.filename}: this folder cannot be read ({error.strerror}); "
+                          f"change its permissions, or move it away"))
 
 
 def _is_image(name):
-    return os.path.splitext(name)[1].lower() in _extensions()
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
 
 
 @cache
@@ -404,7 +397,9 @@ def read_image(path, bits=16):
     try:
         with Image.open(path) as image:
             image.load()
-            return functional.pil_to_tensor(to_rgb(upright(image), bits))
+            with suppress(Exception):  # PIL raises nearly anything on EXIF data that are broken
+                ImageOps.exif_transpose(image, in_place=True)
+            return functional.pil_to_tensor(to_rgb(image, bits))
     except Image.DecompressionBombError:
         problem = (f"has over {2 * Image.MAX_IMAGE_PIXELS:,} pixels, Pillow's guard against files "
                    f"that fill the memory; if it is whole, shrink it, or set "
@@ -415,15 +410,6 @@ def read_image(path, bits=16):
         problem = (f"cannot be read as an image ({error}); replace or remove it; "
                    f"`python loader.py DIR` lists all such files of a folder at once")
     raise FileError(shown(f"{path}: {problem}"))
-
-
-def upright(image):
-    """The image turned as its EXIF data say; as it is where they are broken beside whole pixels."""
-    try:
-        ImageOps.exif_transpose(image, in_place=True)  # a copy would not know its file's format
-    except Exception:  # PIL raises nearly anything
-        return image
-    return image
 
 
 def to_rgb(image, bits=16):
@@ -537,7 +523,7 @@ class Views:
     """
 
     def __init__(self, data, batches, augment, device, views=2, min_scale=0.2, workers=0):
-        self.data, self.batches, self.augment = checked(data), batches, augment.to(device)
+        self.data, self.batches, self.augment = complete(data), batches, augment.to(device)
         self.device, self.views, self.min_scale = torch.device(device), views, min_scale
         self.crops = None
         if not hasattr(data, "images"):
@@ -576,7 +562,7 @@ class Views:
         return x.to(self.device, non_blocking=True)
 
 
-def checked(data):
+def complete(data):
     """The data set; a TypeError says what of the protocol (above) it lacks."""
     need = ["__len__", "labels", "num_classes", "statistics", "digest", "notes"]
     missing = [name for name in need if not hasattr(data, name)]
@@ -801,7 +787,7 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
     """One process's shard of a data set, in batches: the images' centres (n, 3, size, size),
     normalised, on `device`, and their labels (n,). The centre is that of the image with its shorter
     side resized to 256/224 of `size`, and to `size` itself if that is small."""
-    rows = shard(len(checked(data)), rank, world_size)
+    rows = shard(len(complete(data)), rank, world_size)
     resized = size * 256 // 224 if size >= SMALL_CROP else size
     normalise = Augment("crop", size, data.statistics, flip=False).to(device)
     if not hasattr(data, "images"):
@@ -819,15 +805,13 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
 
 
 class CentreCrops(Dataset):
-    def __init__(self, data, size, resized, aspect=4):
-        self.data, self.size, self.resized, self.aspect = data, size, resized, aspect
+    def __init__(self, data, size, resized):
+        self.data, self.size, self.resized = data, size, resized
 
     def __getitem__(self, i):
         image, label = self.data[i]
-        height, width = image.shape[1:]
-        longest = self.aspect * min(height, width)  # what is further out would only take memory
-        if max(height, width) > longest:
-            image = functional.center_crop(image, [min(height, longest), min(width, longest)])
+        most = ASPECT_MOST * min(image.shape[1:])  # what is further out would only take memory
+        image = functional.center_crop(image, [min(side, most) for side in image.shape[1:]])
         image = functional.resize(image, [self.resized], antialias=True)
         return functional.center_crop(image, self.size), label
 

@@ -3,7 +3,7 @@
     python pretrain.py                                     # scikit-learn's digits, on any machine
     python pretrain.py --dataset cifar10                   # one process on every visible GPU
     python pretrain.py IMAGENET --nproc 8                  # an image folder, one node of 8 GPUs
-    python pretrain.py IMAGENET --world-size 2 --rank 0 --dist-url tcp://node0:23456    # of 2
+    python pretrain.py IMAGENET --nproc 8 --world-size 2 --rank 0 --dist-url tcp://node0:23456
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:23456 \
         pretrain.py IMAGENET                               # or so, the same on every node
     python pretrain.py --align 0 --uniform 0 --corr 0      # PCL
@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 import zipfile
 from contextlib import contextmanager
 from datetime import timedelta
@@ -129,7 +130,6 @@ def parse_args(argv=None):
     add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep such checkpoints")
     add("--output", "--exp-dir", type=Path, default=Path("output"))
     add_common(add)
-    ignore(add)
     parser.set_defaults(wd=1e-4)
     args = parser.parse_args(argv)
     if args.num_clusters is not None:
@@ -141,6 +141,11 @@ def parse_args(argv=None):
         if name not in ("batch_size", "queue_size") and getattr(args, name) is None:
             setattr(args, name, value)
     return args
+
+
+# MoCo's and PCL's flags that are the default or have no use here: accepted, and said.
+IGNORED = ("--aug-plus", "--cos", "--multiprocessing-distributed")
+IGNORED_WITH_VALUE = ("--gpu", "--dist-backend", "--start-epoch")
 
 
 def add_common(add):
@@ -168,14 +173,6 @@ def add_common(add):
     add("--resume", metavar="PATH", help="a checkpoint to go on from; auto: OUTPUT's, if any")
     add("-p", "--print-every", "--print-freq", type=positive(int), default=10, metavar="STEPS")
     add("--save-every", type=natural, default=0, metavar="STEPS", help="save within epochs too")
-
-
-# MoCo's and PCL's flags that are the default or have no use here: accepted, and said.
-IGNORED = ("--aug-plus", "--cos", "--multiprocessing-distributed")
-IGNORED_WITH_VALUE = ("--gpu", "--dist-backend", "--start-epoch")
-
-
-def ignore(add):
     for name in IGNORED:
         add(name, dest="ignored", action="append_const", const=name, help=argparse.SUPPRESS)
     for name in IGNORED_WITH_VALUE:
@@ -192,9 +189,10 @@ def main(argv=None):
 
 
 def main_worker(args):
+    lock(args.output)
     train, val = open_data(args)
     fit(args, len(train))
-    position, checkpoint = open_output(args, train)
+    log_size, checkpoint = open_output(args, train)
     torch.manual_seed(args.seed)
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
                          args.crop_size < 64, args.bn_splits)
@@ -202,7 +200,7 @@ def main_worker(args):
         start_from(model, args.init)
     model.to(args.device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model)
-    ddp.broadcast_buffers = False  # BN's are process 0's, sent where they are used
+    ddp.broadcast_buffers = False  # BN's are sent where they are used
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum,
                                 weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -214,14 +212,12 @@ def main_worker(args):
     # Where the run is: in `epoch`, after `step` of its `steps`, with what its E-step found.
     run = dict(epoch=0, step=0, steps=len(batches), clusterings=[], figures={}, loss=math.nan)
     if checkpoint:
-        restore(checkpoint, run, ddp, optimizer, args)
-        if checkpoint["scaler"]:  # it has none without --amp fp16
-            scaler.load_state_dict(checkpoint["scaler"])
+        restore(checkpoint, run, ddp, optimizer, scaler, args)
         run["clusterings"] = [losses.Clustering(assignments, *(x.to(args.device) for x in others))
                               for assignments, *others in run["clusterings"]]
     resumed = bool(checkpoint)
     del checkpoint  # of a ResNet-50, half a gigabyte in every process
-    log = Log(args, position, run)
+    log = Log(args, log_size, run)
     say(summary(args, train, val))
     monitored = val is not None and args.knn_every > 0
 
@@ -231,7 +227,6 @@ def main_worker(args):
                         digest=train.digest, bn_groups=bn_groups(args))
 
     def monitor():
-        model.share_running_statistics()
         return knn(builder.backbone_of(model.encoder_q), train, val, args)
 
     if monitored and args.knn_first and not resumed:
@@ -265,7 +260,6 @@ def e_step(model, train, args, epoch):
     touches is then known without waiting for the device.
     """
     start = time.time()
-    model.share_running_statistics()
     v, _ = embed(model.encoder_k, train, args)
     v = F.normalize(builder.gather(v)[:len(train)], dim=1)  # embeddings of all images: nxC
     if not v.isfinite().all():
@@ -344,6 +338,8 @@ def embed(encoder, data, args):
     rank, world_size = dist.get_rank(), dist.get_world_size()
     training, start, rows = encoder.training, 0, math.ceil(len(data) / world_size)
     encoder.eval()
+    for buffer in encoder.buffers():  # BN's statistics are process 0's
+        dist.broadcast(buffer, src=0)
     one = torch.zeros(1, 3, args.crop_size, args.crop_size, device=args.device)
     v = torch.zeros(rows, encoder(one).shape[1], device=args.device)
     labels = torch.full((rows,), -1, device=args.device)
@@ -372,7 +368,7 @@ def neighbours(bank, queries, num_queries, num_classes, ks=(20,), temperature=0.
 
     bank, queries: this process's shards of features (s, d) and labels (s,), as `embed` gives them;
     they are normalised in place. Neighbours are the bank's images by cosine, with votes
-    exp(cosine / temperature). Each process searches its own shard.
+    proportional to exp(cosine / temperature). Each process searches its own shard.
     """
     bank, bank_labels = F.normalize(bank[0], dim=1, out=bank[0]), bank[1]  # ImageNet's takes 10 GB
     queries, labels = (builder.gather(x)[:num_queries] for x in queries)
@@ -390,8 +386,8 @@ def neighbours(bank, queries, num_queries, num_classes, ks=(20,), temperature=0.
     for k in ks:
         cosine, index = near.topk(min(k, near.shape[1]), dim=1)
         votes = torch.zeros(num_queries, num_classes, device=cosine.device)
-        votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0),
-                           (cosine / temperature).exp())
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest has 1
+        votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0), weights)
         found[k] = 100 * (votes.argmax(1) == labels).double().mean().item()
     return found
 
@@ -431,8 +427,9 @@ def pauc(batch, clusterings, args):
     """L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ].
 
     L_ins is over this process's rows; the others are over the whole batch, the same on every
-    process. Returns the loss, and figures that are only logged: each term without its weight, by
-    name, and the accuracies. A new term is one more `add`: with its weight, or not at all.
+    process, whose gradients GatherWithGradient sums and DDP divides by their number. Returns the
+    loss, and figures that are only logged: each term without its weight, by name, and the
+    accuracies. A new term is one more `add`: with its weight, or not at all.
     """
     loss, figures, share = 0, {}, 1 / max(1, len(clusterings))
 
@@ -617,15 +614,13 @@ def start_from(model, path):
 # A resumed run must be the same model on the same data, in the same batches.
 FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "queue_size", "batch_size", "num_clusters")
 FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", "dist_url", "init",
-        "print_every", "save_every", "keep_every", "knn_every", "knn_first", "bn_splits", "ignored")
+        "print_every", "save_every", "keep_every", "knn_every", "knn_first", "bn_splits", "ignored",
+        "kmeans_threads")
 
 
 def open_output(args, train, fixed=FIXED):
-    """Make OUTPUT a folder that this run alone writes to, and read the checkpoint to go on from.
-
-    Returns where that checkpoint says that the log ends, and the checkpoint; 0 and None for a fresh
-    start."""
-    lock(args.output)
+    """Read the checkpoint to go on from. Returns the log's size then, and the checkpoint; of a
+    fresh start 0 and None."""
     own = args.output / "checkpoint.pth"
     in_use = own.exists() or own.with_suffix(".prev.pth").exists()
     path = own if args.resume in (None, "auto") else Path(args.resume)
@@ -634,17 +629,16 @@ def open_output(args, train, fixed=FIXED):
                          f"--resume auto, or give another --output")
     wanted = args.resume and (in_use or args.resume != "auto")
     checkpoint = load_or_previous(path, own) if wanted else None
-    position = [-1, -1]
-    if isinstance(checkpoint, dict):
-        position = [checkpoint.get(name, 0) for name in ("epoch", "step")]
+    needed = {"state_dict", "optimizer", "args", "digest", "log_size", "epoch", "step"}
+    ours = isinstance(checkpoint, dict) and needed <= checkpoint.keys()
+    position = [checkpoint["epoch"], checkpoint["step"]] if ours else [-1, -1]
     positions = builder.gather(torch.tensor([position], device=args.device))
     if len(positions.unique(dim=0)) > 1:
         raise UsageError(f"--output {args.output}: the processes found different checkpoints "
                          f"there; name a folder that all nodes share")
     if not wanted:
         return 0, None
-    needed = {"state_dict", "optimizer", "args", "digest", "log_size"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not ours:
         raise UsageError(f"--resume {path}: not a checkpoint of this script")
     check_resume(args, checkpoint, train, fixed, path)
     return (checkpoint["log_size"] if in_use else 0), checkpoint
@@ -671,12 +665,14 @@ def check_resume(args, checkpoint, train, fixed, path):
             f"--bn-splits), not {groups}: no longer the same computation")
 
 
-def restore(checkpoint, run, model, optimizer, args):
+def restore(checkpoint, run, model, optimizer, scaler, args):
     """Put a checkpoint's state into what both scripts train."""
     model.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group in optimizer.param_groups:  # what the flags say now
         group.update(momentum=args.momentum, weight_decay=args.wd)
+    if checkpoint["scaler"]:  # it has none without --amp fp16
+        scaler.load_state_dict(checkpoint["scaler"])
     run.update({name: checkpoint[name] for name in run})
 
 
@@ -693,9 +689,8 @@ def summary(args, train, val):
         data += f" in {train.num_classes} classes"
     data += f", {len(val)} for the kNN monitor" if val is not None else ", no kNN monitor"
     clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
-    notes = [*train.notes, *(val.notes if val is not None else ())]
     return "\n".join((
-        f"data    {data}", *(f"        {note}" for note in dict.fromkeys(notes)),
+        f"data    {data}", *(f"        {note}" for note in train.notes),
         f"model   {args.arch} at {args.crop_size} px, queue {args.queue_size}, prototypes "
         f"{clusters}",
         f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of "
@@ -759,6 +754,8 @@ def launch(worker, args, batch_size=None):
             if "lo" in (name for _, name in socket.if_nameindex()):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        else:
+            print(f"node {args.rank} of {args.world_size}, waiting for the others", flush=True)
         if nproc == 1:
             in_process(0, worker, args, cuda, nproc, group, meeting)
         else:
@@ -802,14 +799,17 @@ def join_torchrun(worker, args, cuda):
     unused = {"--nproc": args.nproc, "--world-size": args.world_size > 1, "--rank": args.rank,
               "--dist-url": args.dist_url}
     unused = [name for name in unused if unused[name]]
+    nproc = int(os.environ["LOCAL_WORLD_SIZE"])
+    if cuda and nproc > torch.cuda.device_count():
+        raise UsageError(f"--nproc-per-node {nproc}: the largest that works here is "
+                         f"{torch.cuda.device_count()}, one for each GPU")
     store, rank, world_size = next(dist.rendezvous("env://"))
     store.set_timeout(DAY)  # while one process lists or fetches a data set
     if unused and rank == 0:
         print(f"torchrun says how many processes meet and where, not {' '.join(unused)}")
     restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
     store = dist.PrefixStore(f"start {restart}", store)  # it outlives a restart
-    in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda,
-               int(os.environ["LOCAL_WORLD_SIZE"]),
+    in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda, nproc,
                dict(store=store, rank=rank, world_size=world_size), None)
 
 
@@ -831,18 +831,18 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
             worker(args)
             dist.destroy_process_group()
         except (Stopped, Exception) as error:
-            traceback.clear_frames(error.__traceback__)  # the data workers end with their loader
             stop.waiting = True  # a signal has nothing left to end
+            traceback.clear_frames(error.__traceback__)  # the data workers end with their loader
             error = dead_worker(error) or error
             if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
-                time.sleep(2)  # most likely another process has died, and can say of what
+                let_another_speak()
             if stop.caught and not isinstance(error, KNOWN):
                 sys.exit(end_by_signal(args, group["rank"], spawned=meeting and nproc > 1))
             fail(error, meeting)
 
 
 def set_up(args, local_rank, cuda, nproc):
-    """What depends on the machine. From here on, and once `fit` is done, args is read only."""
+    """What depends on the machine. Of args only `fit` changes more."""
     args.local_rank = local_rank
     args.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -859,6 +859,12 @@ def set_up(args, local_rank, cuda, nproc):
     if args.amp == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"
+
+
+def let_another_speak(seconds=2):
+    """When a process dies the others find their collective broken, which explains nothing: leave it
+    the time to say what it died of."""
+    time.sleep(seconds)
 
 
 def dead_worker(error):
@@ -1018,20 +1024,27 @@ def end_by_signal(args, rank, spawned):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+@contextmanager
+def writing(path):
+    """What the disk has against it is said in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror})") from None
+
+
 locks = []
 
 
 def lock(folder):
     """Keep OUTPUT to this run until it ends, however it ends; data workers do not inherit it."""
-    try:
+    with writing(f"--output {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # can it be written?
-    except OSError as error:
-        raise FileError(f"--output {folder}: cannot be written ({error.strerror})") from None
-    if dist.get_rank() > 0:
-        return
-    locks.clear()  # closed later, it would free this process's next one
-    locks.append(open(folder / ".lock", "w"))  # until the process ends
+        tempfile.TemporaryFile(dir=folder).close()
+        if dist.get_rank() > 0:
+            return
+        locks.clear()  # closed later, it would free this process's next one
+        locks.append(open(folder / ".lock", "w"))  # until the process ends
     try:
         fcntl.lockf(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
@@ -1086,7 +1099,7 @@ def save(path, state):
 
 def load(path):
     """What is in a checkpoint file, as data alone: nothing in it can run."""
-    path, kinds = Path(path), harmless()
+    path = Path(path)
     try:
         if path.stat().st_size == 0:
             raise FileError(f"{path}: is an empty file, not a checkpoint")
@@ -1094,14 +1107,16 @@ def load(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # torch.load takes flipped bytes in silence
                     raise zipfile.BadZipFile("a part's checksum is wrong")
-        with torch.serialization.safe_globals(kinds):
+        with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's advice on how to load what is not data alone
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise FileError(f"{path}: no such checkpoint") from None
+    except OSError as error:  # it may be whole
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from None
     except FileError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, IndexError, AttributeError,
-            TypeError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch raises nearly anything on a file that it did not write
         raise FileError(f"{path}: {what_is_wrong(path, error)}") from None
 
 
@@ -1119,8 +1134,8 @@ def what_is_wrong(path, error):
     if isinstance(error, pickle.UnpicklingError) and refused and "weights_only" in str(error):
         return (f"not a whole checkpoint that is data alone: it holds a {refused.group(1)}; save "
                 f"its state dict by itself")
-    if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror})"
+    if "TorchScript" in str(error):
+        return "is a TorchScript archive; save the module's state dict by itself"
     with open(path, "rb") as file:
         start = file.read(4)
     if start.startswith(b"PK"):
@@ -1165,29 +1180,27 @@ class Log:
     """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, of which the first holds the
     flags; TensorBoard in OUTPUT; and a shorter line on the terminal."""
 
-    def __init__(self, args, position, run):
-        """position: where the log of a run that goes on is cut; what came after will come again."""
+    def __init__(self, args, size, run):
+        """size: where the log of a run that goes on is cut; what came after will come again."""
         self.speaks = dist.get_rank() == 0
         if not self.speaks:
             return
         from torch.utils.tensorboard import SummaryWriter
         done = run["epoch"] * run["steps"] + run["step"]
         self.path = args.output / "log.jsonl"
-        try:
+        with writing(self.path):
             self.file = open(self.path, "a+b")
-            self.file.truncate(min(self.file.seek(0, os.SEEK_END), position))
+            self.file.truncate(min(self.file.seek(0, os.SEEK_END), size))
             self.board = SummaryWriter(args.output, purge_step=done + 1 if done else 0)
-        except OSError as error:
-            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from None
         if not self.file.seek(0, os.SEEK_END):
             self.write(dict(flags=plain(args)))
 
     def write(self, record):
-        try:
-            self.file.write(json.dumps(finite(record)).encode() + b"\n")
+        # JSON has no NaN and no infinity: null.
+        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        with writing(self.path):
+            self.file.write(json.dumps(record).encode() + b"\n")
             self.file.flush()
-        except OSError as error:
-            raise FileError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def mark(self):
         """Write out all that was reported, and return the log's size."""
@@ -1250,15 +1263,6 @@ class Log:
 # What an epoch's line shows; a mean over the clusterings where they have a figure each.
 TERMINAL = dict(loss="loss", knn="kNN", top1="top-1", top5="top-5", best="best",
                 diversity="diversity", effective_rank="rank", seconds="seconds")
-
-
-def finite(value):
-    """JSON has no NaN and no infinity: null."""
-    if isinstance(value, dict):
-        return {name: finite(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [finite(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -42,10 +42,9 @@ SMALL = ["--device", "cpu", "--arch", "tiny"]
 def tiny(build_backbone=builder.build_backbone):
     """builder.build_backbone that knows one more network, of two layers: a step takes a tenth of
     the time of torchvision's smallest."""
-    def build(arch, *args):
+    def build(arch, small_images=False, bn_splits=1):
         if arch != "tiny":
-            return build_backbone(arch, *args)
-        bn_splits = args[1] if len(args) > 1 else 1
+            return build_backbone(arch, small_images, bn_splits)
         layers, width = OrderedDict(), 3
         for i in (1, 2):
             layers[f"conv{i}"] = nn.Conv2d(width, 64, 3, stride=2, padding=1, bias=False)

@@ -566,7 +566,7 @@ def plot(args):
     plot_hierarchy(pyplot, args.img / "hierarchy.png", args.steps)
     records = read_runs(args.output / "images.jsonl")
     if records:
-        plot_curves(pyplot, records, args.img / "coagulation.png")
+        plot_front(pyplot, records, args.img / "front.png")
 
 
 def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
@@ -596,23 +596,21 @@ def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
     figure.savefig(path, bbox_inches="tight")
 
 
-def plot_curves(pyplot, records, path):
-    """Coagulation of MoCo, PCL and PAUC over the epochs."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 2.8), layout="constrained")
-    for method, colour in {"MoCo": "0.5", "PCL": "tab:orange", "PAUC": "tab:blue"}.items():
-        curves = [record["curve"] for (name, _), record in records.items() if name == method]
-        for axis, title in zip(axes, ("diversity", "effective_rank")):
-            values = {}
-            for row in (row for curve in curves for row in curve):
-                values.setdefault(row["epoch"], []).append(row[title])
-            epochs = sorted(values)
-            centre, spread = (np.array([f(values[epoch]) for epoch in epochs])
-                              for f in (np.mean, np.std))
-            axis.plot(epochs, centre, marker=".", color=colour, label=f"{method} (n={len(curves)})")
-            axis.fill_between(epochs, centre - spread, centre + spread, color=colour, alpha=0.2,
-                              linewidth=0)
-            axis.set(xlabel="epochs trained", title=title.replace("_", " "))
-    axes[0].legend(frameon=False)
+def plot_front(pyplot, records, path):
+    """What prototypes are for against what coagulation costs: few labels and all of them against
+    the embeddings' effective rank, a point a method, with standard errors over seeds."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
+    methods = dict.fromkeys(name for name, _ in records)
+    for axis, title in zip(axes, ("linear_2", "linear")):
+        for i, method in enumerate(methods):
+            rows = [record for (name, _), record in records.items() if name == method]
+            x, y = ([row[name] for row in rows] for name in ("effective_rank", title))
+            dx, dy = (np.std(z, ddof=1) / len(z) ** 0.5 if len(z) > 1 else 0 for z in (x, y))
+            colour = "tab:blue" if "PAUC" in method else "tab:orange" if "PCL" in method else "0.5"
+            axis.errorbar(np.mean(x), np.mean(y), dy, dx, color=colour, marker="osD^v<>P"[i % 8],
+                          label=f"{method} (n={len(x)})")
+        axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %")
+    axes[1].legend(frameon=False, fontsize=7)
     figure.savefig(path)
 
 

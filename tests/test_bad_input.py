@@ -185,6 +185,8 @@ def spoil(run, kind, path):
     elif kind == "legacy, cut short":
         torch.save(torch.load(run / "backbone.pth"), path, _use_new_zipfile_serialization=False)
         path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "script":
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     else:
         torch.save({"list": [1, 2], "code": {"state_dict": Dangerous(path.with_suffix(".ran"))},
                     "object": {"state_dict": {}, "model": Thing()},
@@ -195,10 +197,11 @@ SPOILT = [("cut short", 1, "cut short or damaged"), ("flipped", 1, "cut short or
           ("empty", 1, "is an empty file"), ("text", 1, "not a whole checkpoint"),
           ("junk", 1, "not a whole checkpoint"), ("zip", 1, "not a whole checkpoint"),
           ("folder", 1, "cannot be read"), ("legacy, cut short", 1, "not a whole checkpoint"),
-          ("code", 1, "open"), ("object", 1, "Thing"), ("date", 1, "datetime.date"),
+          ("script", 1, "TorchScript"), ("code", 1, "open"), ("object", 1, "Thing"), ("date", 1, "datetime.date"),
           ("list", 2, "spoilt.pth")]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 @pytest.mark.parametrize("main, flag", [
     (pretrain.main, "--resume"), (pretrain.main, "--init"), (lincls.main, "--pretrained"),
     (lincls.main, "--evaluate")])
@@ -212,6 +215,27 @@ def test_a_spoilt_checkpoint_is_one_line_of_our_own(run, main, flag, kind, statu
     one_line(errors, "spoilt.pth", words)
     assert "weights_only" not in out + errors and "torch.load" not in out + errors
     assert not path.with_suffix(".ran").exists()
+
+
+def test_a_legacy_file_is_said_to_be_broken_wherever_it_was_cut(run, tmp_path):
+    path = tmp_path / "it.pth"
+    torch.save(torch.load(run / "backbone.pth"), path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    for size in range(1, 2000, 7):
+        path.write_bytes(whole[:size])
+        with pytest.raises(pretrain.FileError, match="not a whole checkpoint"):
+            pretrain.load(path)
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(run, tmp_path, monkeypatch):
+    def stale(*_):
+        raise OSError(116, "Stale file handle")
+    own = shutil.copytree(run, tmp_path / "run") / "checkpoint.pth"
+    shutil.copy(own, own.with_suffix(".prev.pth"))
+    monkeypatch.setattr(pretrain.zipfile, "is_zipfile", stale)
+    with pytest.raises(pretrain.RunError, match="Stale file handle"):
+        pretrain.load_or_previous(own, own)
+    assert own.exists()
 
 
 @pytest.mark.parametrize("thing", [
@@ -258,6 +282,14 @@ def test_a_resume_whose_flags_would_change_the_model_is_refused(run, short, flag
                            run / "checkpoint.pth", "--output", tmp_path / "out")
     assert code == 2
     one_line(errors, words)
+
+
+def test_another_number_of_cores_is_no_other_flag(run, short, tmp_path, monkeypatch):
+    output = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(3))
+    said = here(pretrain.main, *short, "--epochs", 1, "--output", output, "--resume", "auto")
+    assert "resumed with" not in said
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -388,7 +388,8 @@ def train_two_steps(rank, world_size, bn_splits, path):
         optimizer.step()
         model.enqueue(k, index)
         result += [report / world_size, gradients, model.queue.clone()]
-    model.share_running_statistics()
+    for buffer in model.buffers():
+        dist.broadcast(buffer, src=0)
     torch.save((result, model.state_dict()), path / f"{world_size}-{rank}.pt")
     dist.destroy_process_group()
 

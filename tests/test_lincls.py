@@ -323,6 +323,7 @@ def test_finetuning_at_rate_0_with_frozen_bn_is_the_probe(trained, evaluate, mon
 def test_finetuning_drops_both_rates_as_swav(trained):
     args = lincls.parse_args(["DIR", "--pretrained", "x", "--finetune", "--label-fraction", "0.01"])
     lincls.adopt(args, {})
+    lincls.adopt_schedule(args, 0.01)
     rates = torch.optim.SGD([dict(params=[torch.zeros(1)]), dict(params=[torch.zeros(1)])], 1)
     found = {}
     for epoch in (0, 11, 12, 16):

@@ -31,6 +31,18 @@ def test_statistics_standardise_the_training_images():
     assert std == pytest.approx([x.std(correction=0).item()] * 3)
 
 
+def test_statistics_are_of_images_from_all_of_the_set():
+    sorted_by_class = np.repeat(np.uint8([0, 255]), loader.STATISTICS_IMAGES)[:, None, None]
+    data = loader.Arrays(sorted_by_class, np.zeros(len(sorted_by_class)))
+    assert data.statistics[0] == pytest.approx([0.5] * 3, abs=1e-3)
+
+
+def test_a_channel_without_contrast_stays_finite():
+    data = loader.Arrays(np.zeros((2, 4, 4, 3), np.uint8), [0, 1])
+    (x, _), = loader.evaluation(data, 4, "cpu", 2)
+    assert x.isfinite().all()
+
+
 def write_fashion_mnist(root):
     raw = root / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
@@ -57,7 +69,7 @@ def test_a_damaged_fashion_mnist_is_said_in_one_line(tmp_path):
     spoilt = gzip.compress(gzip.decompress(whole)[:-1])
     for content in (whole[:-20], b"no gzip", whole[:30] + b"xx" + whole[32:], spoilt):
         (raw / "train-images-idx3-ubyte.gz").write_bytes(content)
-        with pytest.raises(loader.FileError, match="damaged.*fetch it again"):
+        with pytest.raises(loader.FileError, match="damaged.*fetch again"):
             loader.load("fashionmnist", tmp_path)
 
 
@@ -68,10 +80,11 @@ def test_arrays_take_no_flags_of_folders(flags):
 
 
 def test_a_data_set_is_one_function_in_the_table(monkeypatch):
-    def zeros(root, split, device):
-        return loader.Arrays(np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], device)
+    def zeros(root, device):
+        return loader.Arrays(np.zeros((4, 8, 8), np.uint8), [0, 1, 0, 1], device), None
     monkeypatch.setitem(loader.DATASETS, "zeros", zeros)
-    assert loader.load("zeros", None)[0].labels.tolist() == [0, 1, 0, 1]
+    train, val = loader.load("zeros", None)
+    assert train.labels.tolist() == [0, 1, 0, 1] and val is None
 
 
 def test_errors_have_the_status_of_their_kind_and_pass_from_a_worker(tmp_path):

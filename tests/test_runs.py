@@ -398,7 +398,9 @@ def embed_shard(rank, world_size, path):
     torch.manual_seed(0)
     args = pretrain.parse_args([])
     args.device, args.amp, args.workers, args.batch_size = torch.device("cpu"), "off", 0, 100
-    encoder, _ = builder.build_backbone("shufflenet_v2_x0_5", small_images=True)
+    encoder, _ = builder.build_backbone("tiny")
+    for buffer in encoder.buffers():
+        buffer.add_(rank)  # BN's statistics that are not process 0's
     data = loader.Arrays(*(x[:11] for x in digits()))
     v, labels = (builder.gather(x)[:11] for x in pretrain.embed(encoder, data, args))
     torch.save((v, labels, data.labels), path / f"{world_size}-{rank}.pt")
