@@ -75,13 +75,13 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     if num_negatives is None or num_negatives >= num_prototypes:
         target = assignments.to(q.device, non_blocking=True)
         return _cross_entropy(q @ prototypes.T / concentration, target)
-    ids, target = assignments.unique(return_inverse=True)
-    ids, target = ids.to(q.device, non_blocking=True), target.to(q.device, non_blocking=True)
+    ids, target = (x.to(q.device, non_blocking=True)
+                   for x in assignments.unique(return_inverse=True))
     device = generator.device if generator is not None else q.device
-    rank = torch.randperm(num_prototypes, generator=generator, device=device).to(q.device)
-    rank[ids] = torch.arange(-len(ids), 0, device=q.device)  # those touched come first, in order
+    order = torch.randperm(num_prototypes, generator=generator, device=device).to(q.device)
+    order[ids] = torch.arange(-len(ids), 0, device=q.device)  # those touched come first
     size = min(num_prototypes, len(ids) + num_negatives)
-    chosen = rank.topk(size, largest=False).indices  # S
+    chosen = order.topk(size, largest=False).indices  # S
     return _cross_entropy(q @ prototypes[chosen].T / concentration[chosen], target)
 
 

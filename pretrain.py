@@ -266,12 +266,11 @@ def e_step(model, train, args, epoch):
         raise Diverged(f"epoch {epoch + 1}: the embeddings are not finite", args)
     embedded = time.time()
     clusterings, objectives = cluster(v, args, epoch)
-    each = [losses.coagulation(v, *clustering[:2]) for clustering in clusterings]
+    each = [losses.coagulation(v, one.assignments, one.prototypes) for one in clusterings]
     figures = {name: [figure[name] for figure in each] for name in each[0]}
     figures.update(effective_rank=losses.effective_rank(v), kmeans_objective=objectives,
                    seconds_embed=embedded - start, seconds_kmeans=time.time() - embedded)
-    clusterings = [clustering._replace(assignments=clustering.assignments.cpu())
-                   for clustering in clusterings]
+    clusterings = [one._replace(assignments=one.assignments.cpu()) for one in clusterings]
     return clusterings, figures
 
 
@@ -302,26 +301,27 @@ def kmeans(v, num_clusters, seed, args):
     """
     import faiss
     x = v.cpu().numpy()
-    clustering = faiss.Clustering(x.shape[1], num_clusters)
-    clustering.niter, clustering.nredo = args.kmeans_iters, args.kmeans_restarts
-    clustering.seed = seed % 2 ** 31
-    clustering.min_points_per_centroid = 1  # fewer than faiss asks for are no mistake
-    clustering.max_points_per_centroid = 1000  # PCL's; more points are subsampled
-    spread = args.kmeans_init == "auto" and num_clusters <= SPREAD_UP_TO
-    clustering.init_method = (faiss.ClusteringInitMethod_AFK_MC2
-                              if spread or args.kmeans_init == "spread"
-                              else faiss.ClusteringInitMethod_RANDOM)
+    solver = faiss.Clustering(x.shape[1], num_clusters)
+    solver.niter, solver.nredo = args.kmeans_iters, args.kmeans_restarts
+    solver.seed = seed % 2 ** 31
+    solver.min_points_per_centroid = 1  # fewer than faiss asks for are no mistake
+    solver.max_points_per_centroid = 1000  # PCL's; more points are subsampled
+    spread = args.kmeans_init == "spread"
+    if args.kmeans_init == "auto":
+        spread = num_clusters <= SPREAD_UP_TO
+    solver.init_method = (faiss.ClusteringInitMethod_AFK_MC2 if spread
+                          else faiss.ClusteringInitMethod_RANDOM)
     index = faiss.IndexFlatL2(x.shape[1])
     if args.device.type == "cuda" and faiss.get_num_gpus() > 0:
         torch.cuda.empty_cache()  # faiss allocates beside torch
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, index)
     elif args.kmeans_threads:
         faiss.omp_set_num_threads(args.kmeans_threads)
-    clustering.train(x, index)
+    solver.train(x, index)
     squared, assignments = index.search(x, 1)
     squared = torch.from_numpy(squared[:, 0]).to(v.device).clamp(min=0)
     assignments = torch.from_numpy(assignments[:, 0]).to(v.device)
-    centroids = faiss.vector_to_array(clustering.centroids).reshape(num_clusters, -1)
+    centroids = faiss.vector_to_array(solver.centroids).reshape(num_clusters, -1)
     prototypes = F.normalize(torch.from_numpy(centroids).to(v.device), dim=1)
     phi = losses.concentration(squared.sqrt(), assignments, num_clusters, args.temperature)
     return losses.Clustering(assignments, prototypes, phi), squared.double().sum()
@@ -550,8 +550,10 @@ def fit(args, num_images):
     defaults = DEFAULTS[args.dataset]
     fit_batch(args, num_images, defaults["batch_size"])
     if args.queue_size is None:
-        largest = max(1, num_images // QUEUE_SHARE)
-        args.queue_size = fitted("--queue-size", defaults["queue_size"], largest)
+        args.queue_size = min(defaults["queue_size"], max(1, num_images // QUEUE_SHARE))
+        if args.queue_size < defaults["queue_size"]:
+            say(f"--queue-size {args.queue_size}, not {defaults['queue_size']}: fitted to the "
+                f"number of images")
     elif args.queue_size > num_images:
         raise UsageError(f"--queue-size {args.queue_size}: more than the data set's images; the "
                          f"largest that works is {num_images}")
@@ -569,32 +571,19 @@ def fit(args, num_images):
 
 
 def fit_batch(args, num_images, default):
-    groups = bn_groups(args)
-    if num_images < 2:
-        raise UsageError(f"{args.dir}: {num_images} image is too few for a batch of two or more")
+    groups, asked = bn_groups(args), args.batch_size or default
     if num_images < 2 * groups:
-        raise UsageError(f"{args.dir}: {num_images} images are too few for {groups} groups "
-                         f"(processes x --bn-splits) of two or more")
-    largest = num_images // groups * groups
-    if args.batch_size is None:
-        even = max(2, default // groups) * groups
-        if even != default:
-            say(f"--batch-size {even}, not {default}: fitted to {groups} groups")
-        args.batch_size = fitted("--batch-size", even, largest)
-    if args.batch_size > num_images:
-        raise UsageError(f"--batch-size {args.batch_size}: more than the data set's images; the "
-                         f"largest that works is {largest}")
-    if args.batch_size % groups or args.batch_size < 2 * groups:
-        works = min(largest, max(2, args.batch_size // groups) * groups)
-        raise UsageError(f"--batch-size {args.batch_size}: is split over {groups} groups "
-                         f"(processes x --bn-splits), which must have the same number of images, "
-                         f"two or more; {works} works")
-
-
-def fitted(name, default, largest):
-    if default > largest:
-        say(f"{name} {largest}, not {default}: fitted to the number of images")
-    return min(default, largest)
+        few = f"{num_images} images are" if num_images != 1 else "1 image is"
+        raise UsageError(f"{args.dir}: {few} too few for {groups} groups (processes x --bn-splits) "
+                         f"of two or more")
+    works = min(num_images // groups, max(2, asked // groups)) * groups
+    if works != asked and args.batch_size:
+        raise UsageError(f"--batch-size {asked}: is split over {groups} groups (processes x "
+                         f"--bn-splits) of as many images each, two or more, of the {num_images} "
+                         f"that there are; {works} works")
+    if works != asked:
+        say(f"--batch-size {works}, not {asked}: fitted to {num_images} images in {groups} groups")
+    args.batch_size = works
 
 
 def bn_groups(args):
@@ -854,8 +843,8 @@ def set_up(args, local_rank, cuda, nproc):
     chosen = "OMP_NUM_THREADS" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
     if not cuda and nproc > 1 and not chosen:
         torch.set_num_threads(max(1, cores // nproc))
-    clustering = min(nproc, len(getattr(args, "num_clusters", None) or IMAGES_PER_PROTOTYPE))
-    args.kmeans_threads = None if chosen else max(1, cores // clustering)  # torchrun leaves one
+    at_once = min(nproc, len(getattr(args, "num_clusters", None) or IMAGES_PER_PROTOTYPE))
+    args.kmeans_threads = None if chosen else max(1, cores // at_once)  # torchrun leaves one
     if args.amp == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"

@@ -124,10 +124,9 @@ def test_advice_on_the_batch_works_when_it_is_followed(images, group):
             try:
                 works.add(fitted(batch_size, splits))
             except pretrain.UsageError as error:
-                advised = re.search(r"(\d+) works|largest that works is (\d+)", str(error))
+                advised = re.search(r"(\d+) works", str(error))
                 if advised:
-                    advised = int(advised.group(1) or advised.group(2))
-                    assert fitted(advised, splits) == advised
+                    assert fitted(int(advised.group(1)), splits) == int(advised.group(1))
         if works:
             assert fitted(None, splits) in works
         else:
