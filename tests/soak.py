@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from conftest import SMALL, Running, read_log, same_ending, untimed, write_image_folder
+from conftest import REAL, Running, read_log, same_ending, untimed, write_image_folder
 
-FLAGS = [*SMALL, "--crop-size", 8, "--batch-size", 64, "--epochs", 4, "--warmup-epochs", 1,
-         "--num-clusters", 20, 40, "--queue-size", 256, "--print-every", 2, "--save-every", 3,
-         "--resume", "auto"]
+FLAGS = ["--device", "cpu", "--arch", REAL, "--crop-size", 8, "--batch-size", 64, "--epochs", 4,
+         "--warmup-epochs", 1, "--num-clusters", 20, 40, "--queue-size", 256, "--print-every", 2,
+         "--save-every", 3, "--resume", "auto"]
 
 
 def main():
