@@ -1,17 +1,18 @@
 """The study: methods, forms of the terms, weights and seeds, by the project's own functions.
 
-    python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 4 s a run on a core
-    python tests/study.py --data DIR --grid main --seeds 5 --jobs 4 # ResNet-18 at 28 px, one GPU
-    python tests/study.py --data DIR --grid main few --seeds 5 --jobs 2 --images 5000 \
-        --crop-size 8 --amp bf16 --epochs 10 --warmup-epochs 2 --batch-size 64 --queue-size 1024 \
-        --min-scale 0.6 --no-flip --lr 0.01 --temperature 0.1       # two cores
+    python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
+    python tests/study.py --data DIR --grid coarse --images 4000 --arch small --crop-size 14 \
+        --epochs 20 --warmup-epochs 4 --batch-size 64 --queue-size 1000 --knn-every 0 --jobs 2
+                                                                    # 18 runs of 6 min on a core
+    python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
+    python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
     python tests/study.py --plot                                    # img/*.png of what OUTPUT holds
     python tests/study.py --quick                                   # does it work?
 
-DIR holds FashionMNIST/raw/*.gz. A flag that is not in --help here goes to pretrain.py. A tenth of
-the training images is held out; every figure and choice is on it. The test set is read by --test
-alone, with the last epoch's weights.
+DIR holds FashionMNIST/raw/*.gz, or is the folder, of small images of one size. A flag that is not
+in --help here goes to pretrain.py. A tenth of the training images is held out; every figure and
+choice is on it. The test set is read by --test alone, with the last epoch's weights.
 
 OUTPUT/images.jsonl and hierarchy.jsonl have one line a run, *.md the means over the first --seeds
 seeds. What is there is skipped, and a run that was cut short goes on. OUTPUT/RUN/run.txt is what a
@@ -19,8 +20,9 @@ run printed.
 
 MoCo is trained with prototypes of weight 0: so its curve of coagulation is in its log like others'.
 The coagulation figures of a table are measured after the last epoch, the same for every method:
-momentum encoder, training images, k-means with the same sizes, the mean over the sizes. Few labels:
-logistic regression on the frozen backbone, the mean of 5 draws of 2 or 10 labels a class.
+momentum encoder, training images, k-means of 20. All else is on the frozen backbone's features:
+linear is logistic regression, few labels the mean of 5 draws of 2 or 10 labels a class, AMI that of
+k-means of the training images, with as many clusters as classes.
 """
 import argparse
 import copy
