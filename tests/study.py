@@ -612,7 +612,7 @@ def plot_front(pyplot, records, path):
             axis.errorbar(np.mean(x), np.mean(y), dy, dx, color=colour, marker="osD^v<>P"[i % 8],
                           label=f"{method} (n={len(x)})")
         axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %")
-    axes[1].legend(frameon=False, fontsize=7)
+    axes[0].legend(frameon=False, fontsize=7, loc="upper right")
     figure.savefig(path)
 
 
