@@ -601,7 +601,7 @@ def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
 def plot_front(pyplot, records, path):
     """What prototypes are for against what coagulation costs: few labels and all of them against
     the embeddings' effective rank, a point a method, with standard errors over seeds."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharex=True)
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True)
     methods = dict.fromkeys(name for name, _ in records)
     for axis, title in zip(axes, ("linear_2", "linear")):
         for i, method in enumerate(methods):
@@ -612,7 +612,7 @@ def plot_front(pyplot, records, path):
             axis.errorbar(np.mean(x), np.mean(y), dy, dx, color=colour, marker="osD^v<>P"[i % 8],
                           label=f"{method} (n={len(x)})")
         axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %")
-    axes[0].legend(frameon=False, fontsize=7, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     figure.savefig(path)
 
 
