@@ -87,6 +87,7 @@ def forked(script, argv, patch, torchrun, mark, said):
     """What a process that Running has forked does: as `python SCRIPT ARGV`, after `patch`, or as
     torchrun, whose processes are not forked."""
     os.setsid()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
     os.chdir(REPO)
     os.environ |= mark
     for number in (1, 2):
