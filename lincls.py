@@ -37,7 +37,7 @@ DEFAULTS = {"folder": IMAGENET, "cifar10": SMALL, "cifar100": SMALL, "fashionmni
 FINETUNE = dict(epochs=20, schedule=[12, 16], lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
 FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
-DROP, FINETUNE_DROP = 0.1, 0.2  # of the learning rates at each epoch of --schedule
+FINETUNE_DROP = 0.2  # of the learning rates at each epoch of --schedule
 FIXED = "dataset", "arch", "crop_size", "batch_size", "finetune"
 L2 = [10.0 ** -exponent for exponent in range(7)]
 SVM = dict(C=0.5, dual=True, max_iter=2000, random_state=0)
@@ -331,7 +331,7 @@ def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, save_run
 
 def set_learning_rates(optimizer, run, args):
     epoch = run["epoch"] + run["step"] / run["steps"]
-    left = pretrain.steps_down(epoch, args, FINETUNE_DROP if args.finetune else DROP)
+    left = pretrain.steps_down(epoch, args, FINETUNE_DROP if args.finetune else pretrain.DROP)
     for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
         group["lr"] = rate * left
     return args.lr * left
@@ -402,7 +402,8 @@ def extract(backbone, train, val, args):
                              f"another file")
         return features
     if path:
-        path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
+        with pretrain.writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
     features = dict(of=of)
     for split, data in (("train", train), ("val", val)):
         v, _ = pretrain.embed(backbone, data, args)

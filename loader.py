@@ -271,7 +271,7 @@ def _in_memory(files, device):
 def _splits(root, notes):
     """The folders of the training and validation images (None: there is none), by usual names."""
     _, folders, files = next(os.walk(root, onerror=_unreadable))
-    names = {name.lower(): name for name in folders if not name.startswith(".")}
+    names = {name.lower(): name for name in _visible(folders)}
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
     rest = sorted(set(names.values()) - {train, val})
@@ -286,7 +286,7 @@ def _splits(root, notes):
                      + (f", those of {val} too" if val else "") + ", without labels")
     if not train:
         return root, None
-    loose = sum(map(_is_image, files))
+    loose = sum(map(_is_image, _visible(files)))
     rest += [f"{loose} images beside {train}"] if loose else []
     if rest:
         notes.append(f"{root}: not used: {', '.join(rest)}")
@@ -333,12 +333,12 @@ def _walk(folder, others=None):
                 folders.clear()
                 continue
             seen.add(identity)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(_visible(folders))
             starts += filter(os.path.islink, [os.path.join(path, name) for name in folders])
-            for name in files:
+            for name in _visible(files):
                 if _is_image(name):
                     yield name if below == os.curdir else os.path.join(below, name)
-                elif others is not None and not name.startswith("."):
+                elif others is not None:
                     others[os.path.splitext(name)[1].lower()] += 1
 
 
@@ -352,8 +352,12 @@ def _unreadable(error):
                           f"change its permissions, or move it away"))
 
 
+def _visible(names):
+    return [name for name in names if not name.startswith(".")]
+
+
 def _is_image(name):
-    return not name.startswith(".") and os.path.splitext(name)[1].lower() in _extensions()
+    return os.path.splitext(name)[1].lower() in _extensions()
 
 
 @cache

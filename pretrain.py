@@ -58,6 +58,7 @@ QUEUE_SHARE = 4  # the default queue is at most such a part of the images
 IMAGES_PER_PROCESS = 32  # of a batch, at least, where the number of processes is not asked for
 EVALUATION_BATCH, EVALUATION_BATCH_OF_FILES = 512, 64  # files wait in shared memory
 SPREAD_UP_TO = 4096  # prototypes; the cost of centroids far apart grows with their square
+DROP = 0.1  # of the learning rate at each epoch of --schedule
 DAY = timedelta(days=1)
 
 
@@ -195,7 +196,7 @@ def main_worker(args):
     log_size, checkpoint = open_output(args, train)
     torch.manual_seed(args.seed)
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
-                         args.crop_size < 64, args.bn_splits)
+                         args.crop_size < loader.SMALL_CROP, args.bn_splits)
     if args.init and not checkpoint:
         start_from(model, args.init)
     model.to(args.device, memory_format=torch.channels_last)
@@ -489,7 +490,7 @@ def learning_rate(epoch, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
 
 
-def steps_down(epoch, args, drop=0.1):
+def steps_down(epoch, args, drop=DROP):
     """The part of a rate that is left after the epochs of --schedule."""
     return drop ** sum(epoch >= milestone for milestone in args.schedule)
 

@@ -414,12 +414,15 @@ def measure(argv, path):
         assignments, prototypes, _ = lincls.kmeans(v, MEASURED, args)
         found.update(losses.coagulation(v, assignments, prototypes), epoch=checkpoint["epoch"],
                      effective_rank=losses.effective_rank(v))
-        backbone, parts = builder.backbone_of(model.encoder_q), []
-        for split in (train, val):
-            features, labels = pretrain.embed(backbone, split, args)
+        backbone = builder.backbone_of(model.encoder_q)
+        both = [pretrain.embed(backbone, split, args) for split in (train, val)]
+        with torch.inference_mode():  # the features are of one, and normalised in place
+            knn = pretrain.neighbours(*both, len(val), train.num_classes)[20]
+        parts = []
+        for features, labels in both:
             parts += [F.normalize(features, dim=1).cpu(), labels.cpu()]
         classes = lincls.kmeans(parts[0], train.num_classes, args).assignments.cpu()
-        found.update(linear=linear(*parts), knn=pretrain.knn(backbone, train, val, args),
+        found.update(linear=linear(*parts), knn=knn,
                      ami=adjusted_mutual_info_score(parts[1], classes), **few_labels(*parts))
         if args.dataset == "folder":  # CIFAR-10's
             bank, labels, queries, truth = parts

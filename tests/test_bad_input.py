@@ -196,8 +196,8 @@ SPOILT = [("cut short", 1, "cut short or damaged"), ("flipped", 1, "cut short or
           ("empty", 1, "is an empty file"), ("text", 1, "not a whole checkpoint"),
           ("junk", 1, "not a whole checkpoint"), ("zip", 1, "not a whole checkpoint"),
           ("folder", 1, "cannot be read"), ("legacy, cut short", 1, "not a whole checkpoint"),
-          ("script", 1, "TorchScript"), ("code", 1, "open"), ("object", 1, "Thing"), ("date", 1, "datetime.date"),
-          ("list", 2, "spoilt.pth")]
+          ("script", 1, "TorchScript"), ("code", 1, "open"), ("object", 1, "Thing"),
+          ("date", 1, "datetime.date"), ("list", 2, "spoilt.pth")]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
