@@ -1,7 +1,7 @@
 """The study: methods, forms of the terms, weights and seeds, by the project's own functions.
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
-    python tests/study.py --data DIR --grid coarse --images 4000 --arch small --crop-size 14 \
+    python tests/study.py --data DIR --grid few coarse --images 4000 --arch small --crop-size 14 \
         --epochs 20 --warmup-epochs 4 --batch-size 64 --queue-size 1000 --knn-every 0 --jobs 2
                                                                     # 18 runs of 6 min on a core
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
@@ -114,8 +114,8 @@ def grids():
         hierarchy |= methods([P]) | variants(forms(), [P])
         more |= variants({"PCL, ProtoNCE x 3": (flags(proto=3, align=0, uniform=0, corr=0), None)}
                          | weights() | alone() | left_out(), [P])
-    coarse = moco | methods(["4"]) | methods(["10", "40"])
-    return dict(main=moco | methods(), coarse=coarse,
+    return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
+                few=moco | methods(["4"]), queue=queues(["10", "40"]),
                 weights=variants(weights()), terms=variants(alone() | left_out()),
                 forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more,
                 hierarchy_queue=queues(["100"]))
