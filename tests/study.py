@@ -117,8 +117,8 @@ def grids():
     return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
                 few=moco | methods(["4"]), queue=queues(["10", "40"]),
                 weights=variants(weights()), terms=variants(alone() | left_out()),
-                forms=variants(forms()), hierarchy=hierarchy, hierarchy_terms=more,
-                hierarchy_queue=queues(["100"]))
+                forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
+                hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]))
 
 
 def methods(sizes=()):
