@@ -1,17 +1,17 @@
 """The study: methods, forms of the terms, weights and seeds, by the project's own functions.
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
-    python tests/study.py --data DIR --grid few coarse --images 4000 --arch small --crop-size 14 \
-        --epochs 20 --warmup-epochs 4 --batch-size 64 --queue-size 1000 --knn-every 0 --jobs 2
-                                                                    # 18 runs of 6 min on a core
+    python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
+                                                                    # 30 runs of 6 or 11 min a core
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
     python tests/study.py --plot                                    # img/*.png of what OUTPUT holds
     python tests/study.py --quick                                   # does it work?
 
-DIR holds FashionMNIST/raw/*.gz, or is the folder, of small images of one size. A flag that is not
-in --help here goes to pretrain.py. A tenth of the training images is held out; every figure and
+DIR holds FashionMNIST/raw/*.gz, or is the folder, of small images of one size; with --cpu it also
+holds cifar10/train/CLASS/* and cifar10/val/CLASS/*, of which val is the test set. A flag that is
+not in --help here goes to pretrain.py. A tenth of the training images is held out; every figure and
 choice is on it. The test set is read by --test alone, with the last epoch's weights.
 
 OUTPUT/images.jsonl and hierarchy.jsonl have one line a run, *.md the means over the first --seeds
@@ -59,10 +59,21 @@ ANIMALS = torch.tensor([0, 0, 1, 1, 1, 1, 1, 1, 0, 0])  # of CIFAR-10's classes 
 COAGULATION = "diversity", "effective_rank", "separation", "balance"
 TITLES = dict(linear="linear", knn="kNN", linear_10="10 labels", linear_2="2 labels",
               test_linear="test linear", test_knn="test kNN", test_linear_10="test 10 labels",
-              test_linear_2="test 2 labels", ami="AMI", diversity="diversity",
-              effective_rank="effective rank", merged="animals")  # the columns of a table
+              test_linear_2="test 2 labels", test_merged="test animals", ami="AMI",
+              diversity="diversity", effective_rank="effective rank",
+              merged="animals")  # the columns of a table
 DIGITS = dict(ami=3, diversity=3)  # of the others 1, of their differences 2
 QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, P = 5"], images=["PAUC"])
+CPU_FLAGS = "--arch small --batch-size 64 --queue-size 1000 --knn-every 0".split()
+CPU = {  # with --cpu: where below --data, and the flags that are no longer to be given
+    "fashionmnist": ("", dict(
+        grid=["few", "coarse"], images=4000, val_images=4000,
+        flags=[*CPU_FLAGS, *"--crop-size 14 --epochs 20 --warmup-epochs 4".split()])),
+    "cifar10": ("cifar10", dict(
+        grid=["coarse"], images=10_000, val_images=4000,
+        flags=[*CPU_FLAGS, *"--crop-size 16 --epochs 14 --warmup-epochs 3".split(),
+               *"--dataset folder --moco-m 0.99".split()])),
+}
 read, pauc = loader.load, pretrain.pauc  # the project's own
 
 
@@ -76,6 +87,7 @@ def parse_args(argv=None):
     add("--images", type=int, default=54_000, help="training images")
     add("--val-images", type=int, default=4000, help="held-out images")
     add("--steps", type=int, default=600, help="of a run on the hierarchy")
+    add("--cpu", action="store_true", help="what two cores can do of two data sets, in hours")
     add("--test", action="store_true", help="read the test set")
     add("--output", type=Path, default=Path("study"))
     add("--plot", action="store_true", help="only draw what OUTPUT holds")
@@ -389,17 +401,17 @@ def on_images(run, args, record):
                 name: record[name] for name in ("epoch", *COAGULATION)}]
         if args.test:
             loader.load = data(args, "test")
-            found = measure(argv, folder / "checkpoint.pth")
-            record |= {f"test_{name}": found[name] for name in TITLES if name in found}
+            found = measure(argv, folder / "checkpoint.pth", labels_alone=True)
+            record |= {f"test_{name}": value for name, value in found.items()}
     except SystemExit:  # pretrain's, with the reason in run.txt
         return None
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return record | dict(argv=argv, torch=torch.__version__, device=device)
 
 
-def measure(argv, path):
-    """The figures of a checkpoint: of coagulation, on the training images' embeddings; and of the
-    backbone's features, on loader.load's "val"."""
+def measure(argv, path, labels_alone=False):
+    """The figures of a checkpoint: of probes on the backbone's features, judged on loader.load's
+    "val"; and of the training images alone, AMI and coagulation."""
     found = {}
 
     def worker(args):
@@ -410,23 +422,23 @@ def measure(argv, path):
                              args.crop_size < loader.SMALL_CROP)
         model.load_state_dict(state)
         model.to(args.device, memory_format=torch.channels_last)
-        v = F.normalize(pretrain.embed(model.encoder_k, train, args)[0], dim=1)
-        assignments, prototypes, _ = lincls.kmeans(v, MEASURED, args)
-        found.update(losses.coagulation(v, assignments, prototypes), epoch=checkpoint["epoch"],
-                     effective_rank=losses.effective_rank(v))
         backbone = builder.backbone_of(model.encoder_q)
         both = [pretrain.embed(backbone, split, args) for split in (train, val)]
         with torch.inference_mode():  # the features are of one, and normalised in place
-            knn = pretrain.neighbours(*both, len(val), train.num_classes)[20]
-        parts = []
-        for features, labels in both:
-            parts += [F.normalize(features, dim=1).cpu(), labels.cpu()]
-        classes = lincls.kmeans(parts[0], train.num_classes, args).assignments.cpu()
-        found.update(linear=linear(*parts), knn=knn,
-                     ami=adjusted_mutual_info_score(parts[1], classes), **few_labels(*parts))
+            found["knn"] = pretrain.neighbours(*both, len(val), train.num_classes)[20]
+        bank, labels, queries, truth = parts = [
+            x.cpu() for features, own in both for x in (F.normalize(features, dim=1), own)]
+        found.update(linear=linear(*parts), **few_labels(*parts))
         if args.dataset == "folder":  # CIFAR-10's
-            bank, labels, queries, truth = parts
-            found.update(merged=linear(bank, ANIMALS[labels], queries, ANIMALS[truth]))
+            found["merged"] = linear(bank, ANIMALS[labels], queries, ANIMALS[truth])
+        if labels_alone:
+            return
+        classes = lincls.kmeans(bank, train.num_classes, args).assignments.cpu()
+        v = F.normalize(pretrain.embed(model.encoder_k, train, args)[0], dim=1)
+        assignments, prototypes, _ = lincls.kmeans(v, MEASURED, args)
+        found.update(losses.coagulation(v, assignments, prototypes), epoch=checkpoint["epoch"],
+                     effective_rank=losses.effective_rank(v),
+                     ami=adjusted_mutual_info_score(labels, classes))
     pretrain.launch(worker, pretrain.parse_args(argv))
     return found
 
@@ -451,6 +463,19 @@ def main(argv=None):
         return plot(args)
     pretrain.parse_args(args.flags)  # wrong ones end here
     signal.signal(signal.SIGTERM, end)
+    if not args.cpu:
+        sys.exit(run_grids(args) > 0)
+    failed = 0
+    for name, (below, recipe) in CPU.items():
+        own = argparse.Namespace(**vars(args) | recipe)
+        own.data, own.output = os.path.join(args.data, below), args.output / name
+        own.flags = [*recipe["flags"], *args.flags]
+        failed += run_grids(own)
+    sys.exit(failed > 0)
+
+
+def run_grids(args):
+    """The runs of some grids that are not there yet; returns how many failed."""
     args.output.mkdir(parents=True, exist_ok=True)
     images = [grid for grid in args.grid if not grid.startswith("hierarchy")]
     vectors = [grid for grid in args.grid if grid.startswith("hierarchy")]
@@ -460,7 +485,7 @@ def main(argv=None):
     if images:
         names = "data", "flags", "images", "val_images"
         failed += run_all("images", images, on_images, {n: getattr(args, n) for n in names}, args)
-    sys.exit(failed > 0)
+    return failed
 
 
 def end(*_):
@@ -569,9 +594,9 @@ def plot(args):
     pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
                             "savefig.dpi": 110})
     plot_hierarchy(pyplot, args.img / "hierarchy.png", args.steps)
-    records = read_runs(args.output / "images.jsonl")
-    if records:
-        plot_front(pyplot, records, args.img / "front.png")
+    found = {path.parent.name: read_runs(path) for path in args.output.glob("**/images.jsonl")}
+    if found:
+        plot_front(pyplot, found, args.img / "front.png")
 
 
 def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
@@ -601,22 +626,28 @@ def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
     figure.savefig(path, bbox_inches="tight")
 
 
-def plot_front(pyplot, records, path):
+def plot_front(pyplot, found, path):
     """What prototypes are for against what coagulation costs: few labels and all of them against
-    the embeddings' effective rank, a point a method, with standard errors over seeds."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained", sharex=True)
-    methods = dict.fromkeys(name for name, _ in records)
-    for axis, title in zip(axes, ("linear_2", "linear")):
-        for i, method in enumerate(methods):
-            rows = [record for (name, _), record in records.items() if name == method]
-            x, y = ([row[name] for row in rows] for name in ("effective_rank", title))
-            dx, dy = (np.std(z, ddof=1) / len(z) ** 0.5 if len(z) > 1 else 0 for z in (x, y))
-            colour = "tab:blue" if "PAUC" in method else "tab:orange" if "PCL" in method else "0.5"
-            axis.errorbar(np.mean(x), np.mean(y), dy, dx, color=colour, marker="osD^v<>P"[i % 8],
-                          label=f"{method} (n={len(x)})")
-        axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
+    the embeddings' effective rank, a row a data set, a point a method, with standard errors."""
+    figure, axes = pyplot.subplots(len(found), 2, figsize=(9, 2.9 * len(found)), squeeze=False,
+                                   layout="constrained", sharex="row")
+    for row, (name, records) in zip(axes, sorted(found.items())):
+        methods = dict.fromkeys(method for method, _ in records)
+        for axis, title in zip(row, ("linear_2", "linear")):
+            for i, method in enumerate(methods):
+                values = [record for (other, _), record in records.items() if other == method]
+                plot_point(axis, method, [[value[key] for value in values]
+                                          for key in ("effective_rank", title)], "osD^v<>P"[i % 8])
+            axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %", title=name)
+        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path)
+
+
+def plot_point(axis, method, values, marker):
+    (x, dx), (y, dy) = ((np.mean(z), np.std(z, ddof=1) / len(z) ** 0.5 if len(z) > 1 else 0)
+                        for z in values)
+    colour = "tab:blue" if "PAUC" in method else "tab:orange" if "PCL" in method else "0.5"
+    axis.errorbar(x, y, dy, dx, color=colour, marker=marker, label=f"{method} (n={len(values[0])})")
 
 
 if __name__ == "__main__":
