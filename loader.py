@@ -22,12 +22,14 @@ or None in DATASETS, with its default flags in the two scripts' DEFAULTS.
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
 import argparse
+import errno
 import gzip
 import hashlib
 import math
 import os
 import signal
 import sys
+import unicodedata
 import zlib
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -40,20 +42,25 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
 IMAGENET_STATISTICS = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-TRAIN_NAMES, VAL_NAMES = ("train", "training"), ("val", "validation", "valid", "test", "testing")
+TRAIN_NAMES = "train", "training"
+VAL_NAMES = "val", "validation", "valid", "test", "testing", "eval"
 NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF",  # Pillow needs other programs for them
             "FITS"}  # whose signed integers it takes for unsigned
+SYSTEM = {"@eadir", "#recycle", "#snapshot", "__macosx", "$recycle.bin", "lost+found",
+          "system volume information"}  # folders that no person has made
 STATISTICS_IMAGES = 10_000
 MOST_KINDS = 8  # of other files that a note counts
 LOOK_IMAGES = 32  # files whose depth is looked at before a run
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
+SIGNED_OR_LONG = "holds signed or 32-bit integers; convert it to 8 or 16 bits, unsigned"
+SAMPLE_FORMAT, SIGNED, PHOTOMETRIC, WHITE_IS_ZERO = 339, 2, 262, 0  # of a TIFF
 ASPECT = 3 / 4, 4 / 3  # of a random crop
 MEMORY = 2 ** 30  # bytes: a folder whose small images take no more is held in memory
 ASPECT_MOST = 4  # of an image that is resized for evaluation
@@ -116,7 +123,7 @@ class Arrays:
         self.digest = digest.hexdigest()
         images = torch.from_numpy(images).to(device)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
-        part = self.images[::max(1, len(images) // STATISTICS_IMAGES)].double() / 255
+        part = self.images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
         mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
         self.statistics = mean.expand(3).tolist(), std.expand(3).tolist()
 
@@ -173,9 +180,9 @@ def _torchvision(name, root, device):
 def _folder(root, classes, bits):
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels."""
     root, notes, others = Path(root), [], Counter()
-    if not root.is_dir():
-        raise FileError(shown(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or "
-                              f"any tree of images"))
+    if not os.path.isdir(root):
+        raise FileError(shown(f"{root}: no such folder, or one that may not be seen; give one that "
+                              f"holds train/CLASS/*.jpg, or any tree of images"))
     train, val = _splits(root, notes)
     images = _by_folder(train, others)
     known, loose = sorted(images.keys() - {""}), len(images[""])
@@ -186,6 +193,10 @@ def _folder(root, classes, bits):
         where = f"in the class folders of {train}" if labelled else "at any depth"
         kinds = " ".join(sorted(_extensions()))
         raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
+    empty = sorted({*_visible(next(os.walk(train))[1])} - images.keys())
+    if empty and labelled:
+        notes.append(f"{train}: no images of their own in {len(empty)} folders: "
+                     f"{', '.join(empty[:5])}")
     if loose and labelled:
         notes.append(f"{train}: {loose} images beside the class folders are left out")
     elif loose and known and train != root:
@@ -205,7 +216,9 @@ def _folder(root, classes, bits):
 def _validation(root, folder, known, wanted, bits, notes, others):
     """The images of val in the class folders `wanted` of those `known` from train; None if there
     are none."""
-    images = _by_folder(folder, others)
+    same = {_composed(name): name for name in known}
+    images = {same.get(_composed(name), name): paths
+              for name, paths in _by_folder(folder, others).items()}
     there, loose = images.keys() - {""}, len(images[""])
     unknown, absent = sorted(there - {*known}), sorted({*wanted} - there)
     if not there:
@@ -271,10 +284,13 @@ def _in_memory(files, device):
 def _splits(root, notes):
     """The folders of the training and validation images (None: there is none), by usual names."""
     _, folders, files = next(os.walk(root, onerror=_unreadable))
-    names = {name.lower(): name for name in _visible(folders)}
+    folders, files = sorted(_visible(folders)), _visible(files)
+    for name in files:
+        _follow(root / name)
+    names = {name.lower(): name for name in folders}  # of "Train" and "train", the latter
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
-    rest = sorted(set(names.values()) - {train, val})
+    rest = sorted(set(folders) - {train, val})
     if train and not val:
         full = [name for name in rest if next(_walk(root / name), None)]
         if full:
@@ -286,7 +302,7 @@ def _splits(root, notes):
                      + (f", those of {val} too" if val else "") + ", without labels")
     if not train:
         return root, None
-    loose = sum(map(_is_image, _visible(files)))
+    loose = sum(map(_is_image, files))
     rest += [f"{loose} images beside {train}"] if loose else []
     if rest:
         notes.append(f"{root}: not used: {', '.join(rest)}")
@@ -309,13 +325,20 @@ def read_lines(flag, path):
 
 def _chosen(path, train, known):
     """The class folders that a file names, one a line."""
-    keep = sorted(set(read_lines("--classes", path)))
+    same = {_composed(name): name for name in known}
+    lines = [line.rstrip("/\\") for line in read_lines("--classes", path)]
+    keep = sorted({same.get(_composed(line), line) for line in lines})
     missing = [name for name in keep if name not in known]
     if not keep:
         raise UsageError(shown(f"--classes {path}: is empty"))
     if missing:
         raise UsageError(shown(f"--classes {path}: {train} has no folder {missing[0]!r} of images"))
     return keep
+
+
+def _composed(name):
+    """A name as Unix usually writes its accents; macOS keeps them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _walk(folder, others=None):
@@ -339,7 +362,18 @@ def _walk(folder, others=None):
                 if _is_image(name):
                     yield name if below == os.curdir else os.path.join(below, name)
                 elif others is not None:
+                    _follow(os.path.join(path, name))
                     others[os.path.splitext(name)[1].lower()] += 1
+
+
+def _follow(path):
+    """A link that leads nowhere, or where none may look, would pass for a file that is no image."""
+    try:
+        if os.path.islink(path):
+            os.stat(path)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            _unreadable(error)
 
 
 def _identity(folder):
@@ -349,11 +383,11 @@ def _identity(folder):
 
 def _unreadable(error):
     raise FileError(shown(f"{error.filename}: this folder cannot be read ({error.strerror}); "
-                          f"change its permissions, or move it away"))
+                          f"change its permissions, mend the link, or move it away"))
 
 
 def _visible(names):
-    return [name for name in names if not name.startswith(".")]
+    return [name for name in names if not name.startswith(".") and name.lower() not in SYSTEM]
 
 
 def _is_image(name):
@@ -399,7 +433,11 @@ class Files(Dataset):
 def read_image(path, bits=16):
     """An image file as (3, H, W) uint8, upright."""
     try:
-        with Image.open(path) as image:
+        # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
+        with open(path, "rb") as file, Image.open(file) as image:
+            if bits < 16 and _is_deep_colour(image):
+                raise UsageError("holds colours of 16 bits, which --bits does not scale; convert "
+                                 "it to 8 bits")
             image.load()
             with suppress(Exception):  # PIL raises nearly anything on EXIF data that are broken
                 ImageOps.exif_transpose(image, in_place=True)
@@ -410,14 +448,21 @@ def read_image(path, bits=16):
                    f"Image.MAX_IMAGE_PIXELS higher at the top of loader.py")
     except UsageError as error:
         problem = error
+    except MemoryError:
+        problem = "needs more memory than there is; give fewer --workers, or shrink it"
+    except UnidentifiedImageError:
+        problem = "cannot be read as an image of any kind that Pillow knows; replace or remove it"
     except Exception as error:  # PIL raises nearly anything on a broken file
-        problem = (f"cannot be read as an image ({error}); replace or remove it; "
-                   f"`python loader.py DIR` lists all such files of a folder at once")
-    raise FileError(shown(f"{path}: {problem}"))
+        problem = f"cannot be read as an image ({error}); replace, convert or remove it"
+        if getattr(error, "errno", None):  # the system's, not PIL's
+            problem = f"cannot be read ({error.strerror}); it may be whole: see its permissions"
+    raise FileError(shown(f"{path}: {problem}; `python loader.py DIR` lists all such files"))
 
 
 def to_rgb(image, bits=16):
     """Any PIL image as 8-bit RGB: transparency over white, other depths scaled to 8 bits."""
+    if SIGNED in getattr(image, "tag_v2", {}).get(SAMPLE_FORMAT, ()):
+        raise UsageError(SIGNED_OR_LONG)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(image, bits))
     elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -429,35 +474,46 @@ def to_rgb(image, bits=16):
 
 def _to_8_bits(image, bits):
     """Pixels of 16 bits by the type's range, or that of `bits`; floats in [0, 1] by 255."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image)
     if image.mode == "F":
         if not ((values >= 0) & (values <= 1)).all():
             raise UsageError("holds floats outside [0, 1], or NaN; convert it to 8 or 16 bits")
         return np.rint(values * 255).astype(np.uint8)
     # Pillow has unsigned 16 bits in mode "I" too, in PGM scaled to all of them
     if image.mode == "I" and image.format not in (None, "PNG", "PPM") or values.min() < 0:
-        raise UsageError("holds signed or 32-bit integers; convert it to 8 or 16 bits, unsigned")
+        raise UsageError(SIGNED_OR_LONG)
     largest = 2 ** 16 - 1 if image.format == "PPM" else 2 ** bits - 1
     if values.max() > largest:
-        raise UsageError(f"holds the value {values.max():.0f}, over the largest of "
+        raise UsageError(f"holds the value {values.max()}, over the largest of "
                          f"{largest.bit_length()} bits; convert it, or give another --bits")
-    return np.rint(values / (largest / 255)).astype(np.uint8)
+    scaled = np.rint(np.arange(largest + 1) / (largest / 255)).astype(np.uint8)[values]
+    inverted = getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO
+    return 255 - scaled if inverted else scaled
+
+
+def _is_deep_colour(image):
+    """Whether a file that is not loaded yet has colours of 16 bits: Pillow reads the upper 8."""
+    depth = str([tile[3] for tile in image.tile])
+    return not image.mode.startswith("I") and (";16" in depth or "65535" in depth)
 
 
 def _notes_on_depth(data, bits):
     """Says whether 16-bit files use fewer bits, by a look at a few, evenly spread."""
-    largest = 0
+    largest, scalable = 0, True
     for i in np.linspace(0, len(data) - 1, min(len(data), LOOK_IMAGES)).astype(int):
         try:
             with Image.open(data.path(i)) as image:
-                if image.mode.startswith("I") and image.format != "PPM":
-                    largest = max(largest, int(np.asarray(image).max()))
+                deep = _is_deep_colour(image)
+                if deep or image.mode.startswith("I"):
+                    value = int(np.asarray(image).max())
+                    largest = max(largest, 256 * value + 255 if deep else value)
+                    scalable = scalable and not deep and image.format != "PPM"
         except Exception:  # a broken file, which is named when it is read
             continue
     used = largest.bit_length()
     if bits < 16 or not 0 < used < 15:
         return []
-    advice = f"--bits {used} scales them" if used > 8 else "convert them to 8 bits"
+    advice = f"--bits {used} scales them" if used > 8 and scalable else "convert them to 8 bits"
     return [f"{data.root}: 16-bit files use {used} bits (the largest value seen is {largest}) and "
             f"will be dark; {advice}"]
 
@@ -465,13 +521,17 @@ def _notes_on_depth(data, bits):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="list the images that cannot be read")
     parser.add_argument("dir", type=Path, metavar="DIR", help="a folder of images, at any depth")
+    parser.add_argument("--bits", type=int, default=16, help="that 16-bit image files use")
     args = parser.parse_args(argv)
-    if not args.dir.is_dir():
+    if not os.path.isdir(args.dir):
         parser.exit(FileError.status, shown(f"{args.dir}: no such folder") + "\n")
-    paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir))
+    try:
+        paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir))
+    except FileError as error:
+        parser.exit(error.status, f"{error}\n")
     broken = 0
     with ProcessPoolExecutor() as pool:
-        faults = pool.map(_fault, paths, chunksize=16)
+        faults = pool.map(partial(_fault, bits=args.bits), paths, chunksize=16)
         for fault in tqdm(faults, total=len(paths), unit="image", disable=None):
             if fault:
                 broken += 1
@@ -480,10 +540,10 @@ def main(argv=None):
     return 1 if broken else 0
 
 
-def _fault(path):
+def _fault(path, bits):
     """What hinders reading an image, in one line that begins with its path; None if nothing."""
     try:
-        read_image(path)
+        read_image(path, bits)
     except FileError as error:
         return str(error)
 
@@ -801,8 +861,10 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
             yield normalise(x.to(device, non_blocking=True)), labels
         return
     height, width = data.images.shape[2:]
-    side = min(height, width) * size / resized
-    box = torch.tensor([[(height - side) / 2, (width - side) / 2, side, side]], device=device)
+    least = min(height, width)
+    side = least * size / resized
+    top, left = ((total - least) // 2 + (least - side) / 2 for total in (height, width))
+    box = torch.tensor([[top, left, side, side]], device=device)  # a square of whole pixels' middle
     for start in range(rows.start, rows.stop, batch_size):
         own = slice(start, min(start + batch_size, rows.stop))
         yield normalise(resample(data.images[own], box, size)), data.labels[own]

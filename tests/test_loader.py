@@ -2,6 +2,7 @@
 import gzip
 import os
 import resource
+import struct
 
 import numpy as np
 import pytest
@@ -133,7 +134,7 @@ def test_folder_labels_follow_the_training_classes_in_both_splits(tmp_path):
 
 
 @pytest.mark.parametrize("content", [
-    b"c\nb\n", b"\xef\xbb\xbfc\r\nb\r\n\r\n", " c\r\nb\r\n".encode("utf-16")])
+    b"c\nb\n", b"\xef\xbb\xbfc\r\nb\r\n\r\n", " c\r\nb\r\n".encode("utf-16"), b"b/\nc/\n"])
 def test_classes_are_read_as_unix_and_windows_write_them(content, tmp_path):
     write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in "abc"))
     (tmp_path / "keep").write_bytes(content)
@@ -158,6 +159,44 @@ def test_hidden_names_are_not_there(tmp_path):
         (tmp_path / name).write_bytes(b"companion")
     data = loader.load("folder", tmp_path)[0]
     assert data.names == ["train/a/1.png", "train/b/1.png"] and data.notes == []
+
+
+@pytest.mark.parametrize("name", ["@eaDir/1.jpg/THUMB.jpg", "$RECYCLE.BIN/S-1/$R1.jpg",
+                                  "__MACOSX/train/1.jpg", "train/@eaDir/1.png", "lost+found/x"])
+def test_folders_that_systems_make_are_not_there(name, tmp_path):
+    write(tmp_path, "train/a/1.png", "train/b/1.png")
+    (tmp_path / name).parent.mkdir(parents=True)
+    Image.new("RGB", (80, 80)).save(tmp_path / name, "jpeg")
+    data = loader.load("folder", tmp_path)[0]
+    assert data.names == ["train/a/1.png", "train/b/1.png"] and data.notes == []
+
+
+def test_accents_are_the_same_as_macos_and_others_write_them(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    data = folder(tmp_path, f"train/{decomposed}/1.png", f"val/{composed}/1.png")
+    assert data.notes == [] and len(loader.load("folder", tmp_path)[1]) == 1
+    (tmp_path / "keep").write_text(composed)
+    assert len(loader.load("folder", tmp_path, tmp_path / "keep")[0]) == 1
+
+
+def test_a_class_folder_without_images_is_said(tmp_path):
+    (tmp_path / "train" / "c").mkdir(parents=True)
+    data = folder(tmp_path, "train/a/1.png", "train/b/1.png")
+    assert data.num_classes == 2 and said(data, "no images of their own in 1 folders: c")
+
+
+def test_of_two_spellings_of_train_one_is_taken_and_the_other_said(tmp_path):
+    data = folder(tmp_path, "train/a/1.png", "Train/a/2.png", "val/a/3.png")
+    assert data.names == ["train/a/1.png"] and said(data, "not used: Train")
+
+
+@pytest.mark.parametrize("link", ["train", "val", "train/c", "train/a/b"])
+def test_a_link_that_leads_nowhere_is_named(link, tmp_path):
+    names = [f"{split}/a/1.png" for split in ("train", "val") if split != link]
+    write(tmp_path, *names)
+    (tmp_path / link).symlink_to(tmp_path / "nowhere")
+    with pytest.raises(loader.FileError, match=f"{link}: this folder cannot.*mend the link"):
+        loader.load("folder", tmp_path)
 
 
 def test_loose_images_beside_class_folders_are_left_out_and_counted(tmp_path):
@@ -335,15 +374,51 @@ def test_bits_scale_16_bit_files_that_use_fewer(tmp_path):
         scaled[0]
 
 
+def test_16_bit_colours_that_use_fewer_are_mentioned_and_not_scaled(tmp_path):
+    values = np.array([[[0, 2048, 4095]]], ">u2")
+    (tmp_path / "x.ppm").write_bytes(b"P6 1 1 65535\n" + values.tobytes())
+    data = loader.load("folder", tmp_path)[0]
+    assert said(data, "16-bit files use", "convert them to 8 bits")
+    with pytest.raises(loader.FileError, match="x.ppm: holds colours of 16 bits.*convert"):
+        loader.read_image(tmp_path / "x.ppm", bits=12)
+
+
+def test_a_tiff_says_what_its_values_mean(tmp_path):
+    signed, inverted = tmp_path / "signed.tif", tmp_path / "inverted.tif"
+    Image.new("L", (2, 2)).save(signed, tiffinfo={339: 2})
+    with pytest.raises(loader.FileError, match="signed.tif: holds signed or"):
+        loader.read_image(signed)
+    Image.fromarray(np.array([[0, 257, 65535]], np.uint16)).save(inverted)
+    black_is_zero, white_is_zero = (struct.pack("<HHIHH", 262, 3, 1, x, 0) for x in (1, 0))
+    assert inverted.read_bytes().count(black_is_zero) == 1
+    inverted.write_bytes(inverted.read_bytes().replace(black_is_zero, white_is_zero))
+    assert loader.read_image(inverted)[0, 0].tolist() == [255, 254, 0]
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif", "16.tif"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(orientation, tmp_path):
-    image, exif = Image.fromarray(np.arange(6, dtype=np.uint8).reshape(2, 3)), Image.Exif()
+def test_exif_orientation_is_applied(orientation, name, tmp_path):
+    pixels, exif = np.arange(6, dtype=np.uint8).reshape(2, 3), Image.Exif()
+    image = Image.fromarray(pixels if name.startswith("x") else pixels * np.uint16(257))
     exif[ExifTags.Base.Orientation] = orientation
-    image.save(tmp_path / "x.png", exif=exif)
+    image.save(tmp_path / name, exif=exif)
     x = np.arange(6).reshape(2, 3)
     expected = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.T, np.rot90(x, -1), x[::-1, ::-1].T,
                 np.rot90(x)]
-    assert (loader.read_image(tmp_path / "x.png")[0].numpy() == expected[orientation - 1]).all()
+    assert (loader.read_image(tmp_path / name)[0].numpy() == expected[orientation - 1]).all()
+
+
+@pytest.mark.parametrize("error, words", [
+    (PermissionError(13, "Permission denied"), "Permission denied.*may be whole"),
+    (OSError(24, "Too many open files"), "Too many.*may be whole"), (MemoryError(), "--workers")])
+def test_a_whole_file_that_cannot_be_read_is_not_called_broken(error, words, tmp_path, monkeypatch):
+    def fail(*_):
+        raise error
+    write(tmp_path, "x.png")
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(loader.FileError, match=words) as caught:
+        loader.read_image(tmp_path / "x.png")
+    assert "remove" not in str(caught.value)
 
 
 def test_a_decompression_bomb_is_not_called_broken(tmp_path, monkeypatch):
@@ -362,11 +437,22 @@ def test_all_broken_files_are_listed_at_once(tmp_path):
         (tmp_path / name).write_bytes(b"no image")
     Image.fromarray(photo(64, 64).permute(1, 2, 0).numpy()).save(tmp_path / "3.png")
     (tmp_path / "3.png").write_bytes((tmp_path / "3.png").read_bytes()[:6000])  # cut short
-    done = script("loader.py", tmp_path)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 1 and len(lines) == 3, done.stderr
-    for line, name in zip(sorted(lines), ("2.png", "3.png", "deep/1.jpg")):
-        assert line.startswith(f"{tmp_path / name}: cannot be read as an image")
+    Image.fromarray(np.array([[4096]], np.uint16)).save(tmp_path / "4.png")
+    done = script("loader.py", tmp_path, "--bits", "12")
+    lines = sorted(done.stdout.splitlines())
+    assert done.returncode == 1 and len(lines) == 4, done.stderr
+    for line, name in zip(lines, ("2.png", "3.png", "4.png", "deep/1.jpg")):
+        assert line.startswith(f"{tmp_path / name}: ")
+        assert "cannot be read as an image" in line or "holds the value 4096" in line
+
+
+def test_a_folder_that_cannot_be_listed_is_one_line(tmp_path, monkeypatch, capsys):
+    write(tmp_path, "a/1.png")
+    monkeypatch.setattr(loader, "_identity", lambda path: loader._unreadable(
+        PermissionError(13, "Permission denied", str(path))))
+    with pytest.raises(SystemExit) as caught:
+        loader.main([str(tmp_path)])
+    assert caught.value.code == 1 and "Permission denied" in capsys.readouterr().err
 
 
 # --------------------------------------------------- each operation against torchvision's, by image
@@ -557,6 +643,28 @@ def test_evaluation_of_small_images_is_the_whole_centre_square(kind, tmp_path):
     (x, _), = loader.evaluation(data, 32, "cpu", 1)
     expected = functional.normalize(photo(32, 40)[:, :, 4:-4] / 255, *data.statistics)
     torch.testing.assert_close(x[0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("height, width", [(33, 32), (32, 33)])
+def test_evaluation_in_memory_is_that_of_the_file(height, width, tmp_path):
+    image = photo(height, width).permute(1, 2, 0).numpy()
+    Image.fromarray(image).save(tmp_path / "x.png")
+    both = loader.Files(tmp_path, ["x.png"], [0], 1), loader.Arrays(image[None], [0])
+    for data in both:
+        data.statistics = loader.IMAGENET_STATISTICS
+    (file, _), (memory, _) = (next(loader.evaluation(data, 32, "cpu", 1)) for data in both)
+    torch.testing.assert_close(memory, file, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("height, width", [(1, 64), (64, 1), (2, 1)])
+@pytest.mark.parametrize("size", [32, 224])
+def test_evaluation_in_memory_of_a_line_is_its_middle_pixel(height, width, size):
+    image = photo(height, width)
+    data = loader.Arrays(image.permute(1, 2, 0)[None].numpy(), [0])
+    (x, _), = loader.evaluation(data, size, "cpu", 1)
+    middle = image[:, (height - 1) // 2, (width - 1) // 2, None, None].expand(3, size, size)
+    expected = functional.normalize(middle / 255, *data.statistics)
+    torch.testing.assert_close(x[0], expected, atol=1e-4, rtol=0)
 
 
 def test_evaluation_in_memory_is_the_resized_centre():
