@@ -130,7 +130,8 @@ def grids():
                 few=moco | methods(["4"]), queue=queues(["10", "40"]),
                 weights=variants(weights()), terms=variants(alone() | left_out()),
                 forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
-                hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]))
+                hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]),
+                hierarchy_warmup=variants(warmups(), ["10"]) | variants(warmups(), ["100"]))
 
 
 def methods(sizes=()):
@@ -162,6 +163,11 @@ def left_out():
 
 def forms():
     return {f"PAUC, {name}": ([], name) for name in FORMS}
+
+
+def warmups():
+    return {f"PAUC, warm-up {epochs}/{EPOCHS}": (["--warmup-epochs", str(epochs)], None)
+            for epochs in (0, 2, 10)}
 
 
 def queues(sizes):
@@ -228,7 +234,7 @@ QUEUES = {"own keys as negatives": own_keys_as_negatives}
 VECTORS, DIMENSIONS, GROUPS, CLASSES = 4000, 64, 10, 100
 GROUP_SPREAD, CLASS_SPREAD, VIEW_NOISE, DROPPED = 0.45, 0.65, 1.0, 0.4  # in a class: 1
 HIDDEN, WIDTH, EMBEDDING, BATCH, QUEUE = 128, 64, 32, 256, 1000
-RATE, KEEP, CLUSTER_EVERY = 0.3, 0.99, 30
+RATE, KEEP, CLUSTER_EVERY, EPOCHS = 0.3, 0.99, 30, 20
 
 
 def gaussians(generator):
@@ -251,7 +257,7 @@ def train_on_hierarchy(flags, seed, form=pauc, steps=600):
     """A run, a quarter of it warm-up. flags: pretrain's, with --num-clusters P. form: what takes
     and returns what pauc does. Returns the encoders in eval mode (encoder[0] is the backbone), the
     vectors, their labels and the flags."""
-    args = pretrain.parse_args([*flags, "--temperature", "0.2"])
+    args = pretrain.parse_args(["--temperature", "0.2", "--warmup-epochs", "5", *flags])
     args.device, args.kmeans_threads, args.seed = torch.device("cpu"), 1, seed
     generator = torch.Generator().manual_seed(seed)
     x, x_val, labels = gaussians(generator)
@@ -265,7 +271,7 @@ def train_on_hierarchy(flags, seed, form=pauc, steps=600):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = args.queue_size or QUEUE
     queue, queue_index = torch.zeros(EMBEDDING, size), torch.full((size,), builder.EMPTY)
-    warmup, clusterings = steps // 4, []
+    warmup, clusterings = steps * args.warmup_epochs // EPOCHS, []
     for step in range(steps):
         if step >= warmup and (step - warmup) % CLUSTER_EVERY == 0:
             v = F.normalize(encoder_k.eval()(x), dim=1)
