@@ -6,6 +6,7 @@ them, C dimensions, Q queue length.
 """
 import copy
 import difflib
+import re
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,10 @@ class UsageError(ValueError):
     """Something that the user is to mend, said in one line."""
 
     status = 2
+
+
+class OtherNetwork(UsageError):
+    """Weights that are not those of the network that is asked for."""
 
 
 # --------------------------------------------------------------------------------------- encoders
@@ -129,29 +134,40 @@ def load_backbone(encoder, checkpoint):
     """Load an encoder's weights but for its head from whatever `torch.load` gave.
 
     The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
-    checkpoints, this project's, torchvision's weights, and many others. Returns the prefix. Raises
-    UsageError with what is missing.
+    checkpoints, this project's, torchvision's weights, and many others; also where its layers were
+    put into an nn.Sequential, which numbers them. Returns the prefix. Raises UsageError, of the
+    kind OtherNetwork with what is missing or too much.
     """
     state = tensors(checkpoint)
     wanted = {name: x for name, x in encoder.state_dict().items() if not is_of_head(name)}
-    first = next(iter(wanted))
-    prefixes = [name[:-len(first)] for name in state if name.endswith(first)]
-    if not prefixes:
+    place = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
+    numbered = [re.sub(r"^\w+", lambda top: place.get(top[0], top[0]), name) for name in wanted]
+    first, *_ = wanted
+    candidates = [(key.removesuffix(there[0]), dict(zip(wanted, there)))
+                  for there in ([*wanted], numbered) for key in state if key.endswith(there[0])]
+    if not candidates:
         raise UsageError(f"holds no backbone with a layer {first.removesuffix('.weight')}; give a "
                          f"checkpoint of PAUC, MoCo or PCL, a backbone.pth, or weights of "
                          f"torchvision")
 
-    def fit(prefix):
-        return (sum(prefix + name in state for name in wanted),
+    def fit(candidate):
+        prefix, there = candidate
+        return (sum(prefix + name in state for name in there.values()),
                 not any(word in prefix for word in FOLLOWERS))
-    prefix = max(prefixes, key=fit)
-    found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    prefix, there = max(candidates, key=fit)
+    found = {name: state[prefix + there[name]] for name in wanted if prefix + there[name] in state}
     missing = [name for name in wanted if name not in found and "num_batches" not in name]
-    wrong = [name for name in found if found[name].shape != wanted[name].shape]
-    if missing or wrong:
-        what = (f"{missing[0]} is missing" if missing else
-                f"{wrong[0]} is {list(found[wrong[0]].shape)}, not {list(wanted[wrong[0]].shape)}")
-        raise UsageError(f"its weights are not those of this network ({what})")
+    wrong = [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
+             for name, x in found.items() if x.shape != wanted[name].shape]
+    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in there.values()})
+    known = {prefix + name for name in there.values()}
+    more = [name for name in state if name.startswith(layers) and name not in known]
+    if missing or wrong or more:
+        what = [f"{name} is missing" for name in missing] + wrong
+        what += [f"{name} is one too many" for name in more]
+        raise OtherNetwork(f"its weights are not those of this network ({what[0]})")
+    if not all(x.isfinite().all() for x in found.values()):
+        raise UsageError("its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)
     return prefix
 

@@ -79,6 +79,8 @@ def parse_args(argv=None):
     args.knn = [20] if args.knn == [] else args.knn
     flags = args.knn, args.shots, args.logreg, args.neighbours, args.features
     args.on_features = any(flags) or args.cluster is not None
+    if "--cos" in (args.ignored or ()):
+        parser.error("--cos: the rates here fall at the epochs of --schedule")
     if args.finetune and (args.on_features or args.evaluate):
         parser.error("--finetune: goes with --pretrained, and not with flags on frozen features")
     if len(args.label_fraction or ()) > 1 and (args.label_list or not args.on_features):
@@ -97,9 +99,10 @@ def main(argv=None):
 def main_worker(args):
     source = pretrain.load(args.pretrained or args.evaluate)
     adopt(args, source)
+    pretrain.make_folder(args.output)
     train, val = pretrain.open_data(args)
     check_labels(args, train, val)
-    net = load_net(args, source, train.num_classes)
+    net = load_net(args, source, train.num_classes, classes_of(train))
     del source
     subsets = label_subsets(args, train)
     if args.on_features:
@@ -119,8 +122,9 @@ def main_worker(args):
 def adopt(args, source):
     """Take what no flag says from the checkpoint, else from the data set's defaults."""
     source = source if isinstance(source, dict) else {}
-    then = source.get("args")
-    if not isinstance(then, dict) or then.get("dataset") not in loader.DATASETS:
+    then, arch = source.get("args"), source.get("arch")
+    ours = isinstance(then, dict) and isinstance(then.get("crop_size"), int)
+    if not ours or then.get("dataset") not in [*loader.DATASETS]:
         then = {}  # MoCo's and PCL's say the arch alone
     its_dir = then.get("dir") if then.get("dataset") != "digits" else None
     same_dir = not args.dir or its_dir and Path(args.dir).resolve() == Path(its_dir).resolve()
@@ -135,7 +139,7 @@ def adopt(args, source):
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
-    args.arch = args.arch or source.get("arch") or usual["arch"]
+    args.arch = args.arch or (arch if isinstance(arch, str) else usual["arch"])
 
 
 def adopt_schedule(args, labelled):
@@ -154,7 +158,7 @@ def check_labels(args, train, val):
         f"{len(val or ())} to evaluate on")
     for note in train.notes:
         say(note)
-    if val is None or not train.num_classes:
+    if val is None or train.num_classes < 2:
         raise UsageError(f"{args.dir}: a probe needs labels, DIR/train/CLASS/* and "
                          f"DIR/val/CLASS/*; put the images of each class into a folder of its "
                          f"name, in both")
@@ -164,9 +168,9 @@ def check_labels(args, train, val):
                          f"{names}")
 
 
-def load_net(args, source, num_classes):
+def load_net(args, source, num_classes, names=None):
     """The classifier in eval mode: the checkpoint's backbone, and a linear layer that is new or,
-    with --evaluate, the saved probe's."""
+    with --evaluate, the saved probe's, if it is of classes of these names."""
     path = args.pretrained or args.evaluate
     torch.manual_seed(args.seed)
     backbone, width = builder.build_backbone(args.arch, args.small_images)
@@ -174,19 +178,16 @@ def load_net(args, source, num_classes):
     nn.init.normal_(fc.weight, std=0.01)
     nn.init.zeros_(fc.bias)
     net = builder.with_head(backbone, fc)
-    try:
-        prefix = builder.load_backbone(net, source)
-    except builder.UsageError as error:
-        stem = "the small-image stem" if args.small_images else "the stem for large images"
-        raise UsageError(f"{path}: {error}, --arch {args.arch} with {stem}; name the --arch and "
-                         f"--crop-size that it was trained with") from None
-    say(f"backbone from {path}" + (f", {prefix}*" if prefix else ""))
+    pretrain.load_backbone(net, source, path, args.arch, args.small_images)
     if args.evaluate and not args.on_features:
         state = {name.removeprefix("state_dict.").removeprefix("module."): x
                  for name, x in builder.tensors(source).items()}
         if "fc.weight" not in state or state["fc.weight"].shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: not a probe of {num_classes} classes, saved by "
                              f"this script")
+        if source.get("classes", names) != names:
+            raise UsageError(f"--evaluate {path}: is a probe of other classes than those here, "
+                             f"{loader.shown(', '.join(names[:5]))}")
         fc.load_state_dict({name: state[f"fc.{name}"] for name in ("weight", "bias")})
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
@@ -201,6 +202,8 @@ def label_subsets(args, train):
     """
     path = args.label_list
     if path and path.exists():
+        if args.label_fraction:
+            say(f"--label-list {path}: exists and is read; --label-fraction has no use")
         return [(dict(label_list=str(path)), read_label_list(path, names_of(train)))]
     if path and not args.label_fraction:
         raise UsageError(f"--label-list {path}: does not exist; --label-fraction makes it")
@@ -239,13 +242,18 @@ def names_of(data):
     return getattr(data, "names", None) or [str(i) for i in range(len(data))]
 
 
+def classes_of(data):
+    """The names of the classes."""
+    return getattr(data, "classes", None) or [str(label) for label in range(data.num_classes)]
+
+
 def subset(data, rows):
     """Some images of a data set, as a data set."""
     if rows is None:
         return data
     some = torch.utils.data.Subset(data, rows.tolist())
     some.labels, some.num_classes = data.labels[rows], data.num_classes
-    some.statistics, some.notes = data.statistics, data.notes
+    some.statistics, some.notes, some.classes = data.statistics, data.notes, classes_of(data)
     some.digest = f"{loader.seed_of(data.digest, rows.tolist()):x}"
     if hasattr(data, "images"):
         some.images = data.images[rows.to(data.images.device)]
@@ -293,7 +301,7 @@ def train_net(net, train, val, args):
 
     def save_run():
         pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=train.digest)
+                                 digest=train.digest, classes=classes_of(train))
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
@@ -363,8 +371,9 @@ def top_hits(logits, labels):
 def evaluate_features(net, train, val, subsets, args):
     """All protocols asked for, on one extraction; kNN by all processes, the rest by one."""
     num_classes, first = train.num_classes, dist.get_rank() == 0
-    if (args.cluster or 0) > len(val):
-        raise UsageError(f"--cluster {args.cluster}: more than val's {len(val)} images")
+    clusters = args.cluster or num_classes
+    if args.cluster is not None and clusters > len(val):
+        raise UsageError(f"--cluster {clusters}: more than val's {len(val)} images")
     for _, rows in subsets:
         labels = train.labels if rows is None else train.labels[rows]
         if args.shots and max(args.shots) > labels.bincount(minlength=num_classes).min():
@@ -372,7 +381,7 @@ def evaluate_features(net, train, val, subsets, args):
     features = extract(builder.backbone_of(net), train, val, args)
     queries = features["val"], val.labels
     if args.cluster is not None and first:
-        cluster(*queries, args.cluster or num_classes, args)
+        cluster(*queries, clusters, args)
     for chosen, rows in subsets:
         bank = features["train"], train.labels
         if rows is not None:
@@ -402,8 +411,7 @@ def extract(backbone, train, val, args):
                              f"another file")
         return features
     if path:
-        with pretrain.writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)  # now, rather than after an hour
+        pretrain.make_folder(path.parent)
     features = dict(of=of)
     for split, data in (("train", train), ("val", val)):
         v, _ = pretrain.embed(backbone, data, args)
@@ -544,7 +552,6 @@ def draw_neighbours(features, train, val, args):
         top = GAP + row * step + (step // 2 if row >= min(args.neighbours, len(v)) else 0)
         for column, image in enumerate(tiles):
             sheet.paste(image, (GAP + column * step, top))
-    args.output.mkdir(parents=True, exist_ok=True)
     sheet.save(args.output / "neighbours.png")
     say(f"neighbours {args.output / 'neighbours.png'}")
 

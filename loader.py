@@ -16,8 +16,9 @@ A data set is any object with
     notes                lines that a person should read: what was left out, what was taken for what
     images               (n, c, H, W) uint8 on the device; or else, if it is not in memory,
     __getitem__          i -> (3, H, W) uint8, label
-and one of files has `names`, their n paths. A new one is a function (root, device) -> train, val
-or None in DATASETS, with its default flags in the two scripts' DEFAULTS.
+and one of files has `names`, their n paths, and `classes`, the names of its classes. A new one is a
+function (root, device) -> train, val or None in DATASETS, with its default flags in the two
+scripts' DEFAULTS.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
@@ -256,7 +257,9 @@ def _files(root, folder, images, classes, bits):
                    for path in sorted(images.get(name, ()))]
     below = "" if folder == root else folder.name
     names = [os.path.join(below, path) for path, _ in samples]
-    return Files(root, names, [label for _, label in samples], len(classes or ()), bits)
+    data = Files(root, names, [label for _, label in samples], len(classes or ()), bits)
+    data.classes = classes
+    return data
 
 
 def _in_memory(files, device):
@@ -276,7 +279,7 @@ def _in_memory(files, device):
             return files
         images[i] = image.permute(1, 2, 0)
     data = Arrays(images, files.labels.numpy(), device)
-    for name in ("names", "num_classes", "digest", "notes", "unknown_classes"):
+    for name in ("names", "classes", "num_classes", "digest", "notes", "unknown_classes"):
         setattr(data, name, getattr(files, name))
     return data
 
@@ -410,7 +413,7 @@ class Files(Dataset):
         self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
         self.labels, self.num_classes = torch.tensor(labels, dtype=torch.long), num_classes
         self.bits, self.statistics, self.notes = bits, IMAGENET_STATISTICS, []
-        self.unknown_classes = []  # folders of val that are none of train's
+        self.classes, self.unknown_classes = None, []  # folders of val that are none of train's
         self.digest = hashlib.blake2b(self.paths.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self):

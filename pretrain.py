@@ -135,6 +135,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num_clusters is not None:
         args.num_clusters = sum(args.num_clusters, [])
+    if "--cos" in (args.ignored or ()):  # in MoCo, too, it comes before --schedule
+        args.schedule = None
     args.dataset = args.dataset or ("folder" if args.dir else "digits")
     args.dir = args.dir or "data"
     args.knn_first = args.knn_every is not None or args.dataset != "folder"  # 1.3 million are slow
@@ -198,7 +200,9 @@ def main_worker(args):
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
                          args.crop_size < loader.SMALL_CROP, args.bn_splits)
     if args.init and not checkpoint:
-        start_from(model, args.init)
+        small_images = args.crop_size < loader.SMALL_CROP
+        load_backbone(model.encoder_q, load(args.init), args.init, args.arch, small_images)
+        model.encoder_k.load_state_dict(model.encoder_q.state_dict())  # the heads are new
     model.to(args.device, memory_format=torch.channels_last)
     ddp = DistributedDataParallel(model)
     ddp.broadcast_buffers = False  # BN's are sent where they are used
@@ -591,14 +595,17 @@ def bn_groups(args):
     return dist.get_world_size() * getattr(args, "bn_splits", 1)
 
 
-def start_from(model, path):
-    """--init: both encoders get the backbone in a checkpoint; the heads stay new."""
+def load_backbone(encoder, checkpoint, path, arch, small_images):
+    """Load an encoder's weights but for its head from what is in the file `path`."""
+    stem = "small-image stem" if small_images else "stem for large images"
     try:
-        prefix = builder.load_backbone(model.encoder_q, load(path))
+        prefix = builder.load_backbone(encoder, checkpoint)
+    except builder.OtherNetwork as error:
+        raise UsageError(f"{path}: {error}, --arch {arch} with the {stem}; name the --arch and "
+                         f"--crop-size that it was trained with") from None
     except builder.UsageError as error:
-        raise UsageError(f"--init {path}: {error}") from None
-    model.encoder_k.load_state_dict(model.encoder_q.state_dict())
-    say(f"backbone from {path}" + (f", {prefix}*" if prefix else ""))
+        raise UsageError(f"{path}: {error}") from None
+    say(f"backbone from {path}" + (f", {prefix}*" if prefix else "") + f", {stem}")
 
 
 # A resumed run must be the same model on the same data, in the same batches.
@@ -637,6 +644,8 @@ def open_output(args, train, fixed=FIXED):
 def check_resume(args, checkpoint, train, fixed, path):
     """Refuse to go on with another model or other data, and say what else has changed."""
     now, then = plain(args), checkpoint["args"]
+    if not {*fixed} <= then.keys():
+        raise UsageError(f"--resume {path}: is a checkpoint of the other script")
     changed = {name: f"--{name.replace('_', '-')} {then.get(name)} (now {now[name]})"
                for name in now if now[name] != then.get(name)}
     broken = [changed[name] for name in fixed if name in changed]
@@ -728,7 +737,7 @@ def launch(worker, args, batch_size=None):
         if cuda and nproc > torch.cuda.device_count():
             raise UsageError(f"--nproc {nproc}: the largest that works here is "
                              f"{torch.cuda.device_count()}, one for each GPU")
-        if args.world_size > 1 and not (args.dist_url or "").startswith("tcp://"):
+        if args.world_size > 1 and not re.fullmatch(r"tcp://.+:\d+", args.dist_url or ""):
             raise UsageError("--world-size: several nodes need --dist-url tcp://HOST:PORT, with "
                              "the host of node 0")
         if args.rank >= args.world_size:
@@ -814,8 +823,11 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
         group["device_id"] = args.device  # else NCCL guesses it from the rank
     with signal_handlers(stop.on_signal):
         try:
-            # Others wait in a collective while one clusters or downloads, and notice its death.
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=DAY, **group)
+            # Python's handlers do not run while other nodes are waited for.
+            meets = signal.SIG_DFL if group["world_size"] > nproc else stop.on_signal
+            with signal_handlers(meets):
+                # Others wait in a collective while one clusters or downloads, and notice its death.
+                dist.init_process_group("nccl" if cuda else "gloo", timeout=DAY, **group)
             if args.ignored:
                 say(f"{' '.join(args.ignored)}: the default here, or without use")
             worker(args)
@@ -1023,16 +1035,22 @@ def writing(path):
         raise FileError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+def make_folder(folder):
+    """See to it that a folder is there and takes files: now, rather than after an hour."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
 locks = []
 
 
 def lock(folder):
     """Keep OUTPUT to this run until it ends, however it ends; data workers do not inherit it."""
-    with writing(f"--output {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        if dist.get_rank() > 0:
-            return
+    make_folder(folder)
+    if dist.get_rank() > 0:
+        return
+    with writing(folder):
         locks.clear()  # closed later, it would free this process's next one
         locks.append(open(folder / ".lock", "w"))  # until the process ends
     try:
@@ -1083,8 +1101,8 @@ def save(path, state):
         os.close(folder)
     except (OSError, RuntimeError) as error:
         new.unlink(missing_ok=True)
-        raise FileError(f"{path}: cannot be written ({str(error).splitlines()[0]}); the checkpoint "
-                        f"before it is as it was") from None
+        raise FileError(f"{path}: cannot be written ({str(error).splitlines()[0]}); what was there "
+                        f"before is as it was") from None
 
 
 def load(path):
@@ -1112,15 +1130,16 @@ def load(path):
 
 def harmless():
     """What many published checkpoints hold beside tensors, and what cannot run code."""
-    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efd"}
-    scalar = np._core.multiarray.scalar if hasattr(np, "_core") else np.core.multiarray.scalar
-    return [argparse.Namespace, np.dtype, *kinds, (scalar, "numpy.core.multiarray.scalar"),
-            (scalar, "numpy._core.multiarray.scalar")]
+    kinds = {type(np.dtype(code)) for code in np.typecodes["AllInteger"] + "?efdFDU"}
+    numpy = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray
+    made_by = [(getattr(numpy, name), f"numpy.{core}.multiarray.{name}")
+               for name in ("scalar", "_reconstruct") for core in ("core", "_core")]
+    return [argparse.Namespace, type(Path()), np.dtype, np.ndarray, *kinds, *made_by]
 
 
 def what_is_wrong(path, error):
     """In words of our own: torch's advise to load a file in the way that can run code."""
-    refused = re.search(r"(?:GLOBAL|global|class) ([\w.]+\.[\w.]+)", str(error))
+    refused = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and refused and "weights_only" in str(error):
         return (f"not a whole checkpoint that is data alone: it holds a {refused.group(1)}; save "
                 f"its state dict by itself")

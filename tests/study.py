@@ -409,7 +409,9 @@ def on_images(run, args, record):
             loader.load = data(args, "test")
             found = measure(argv, folder / "checkpoint.pth", labels_alone=True)
             record |= {f"test_{name}": value for name, value in found.items()}
-    except SystemExit:  # pretrain's, with the reason in run.txt
+    except SystemExit as ended:  # pretrain's, with the reason in run.txt
+        if ended.code > 128:  # a signal: no more runs
+            os._exit(ended.code)
         return None
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return record | dict(argv=argv, torch=torch.__version__, device=device)

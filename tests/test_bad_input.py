@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,6 +76,7 @@ def one_line(errors, *words):
     (["--init", "{tmp}/none.pth"], 1, ["none.pth", "no such checkpoint"]),
     (["--output", "{tmp}/wrong/run"], 1, ["wrong"]),
     (["--world-size", "2"], 2, ["--dist-url tcp://HOST:PORT"]),
+    (["--world-size", "2", "--dist-url", "tcp://node0"], 2, ["--dist-url tcp://HOST:PORT"]),
     (["--rank", "1"], 2, ["--rank 1", "last is 0"]),
 ])
 def test_a_bad_flag_is_one_line_with_what_works(flags, status, words, tmp_path, call):
@@ -244,6 +246,28 @@ def test_numpy_scalars_in_a_checkpoint_are_accepted(thing, tmp_path):
     assert pretrain.load(tmp_path / "it.pth") == {"best": thing}
 
 
+def test_arrays_and_paths_in_a_checkpoint_are_accepted(tmp_path):
+    torch.save(dict(x=np.arange(3.0), path=Path("a/b")), tmp_path / "it.pth")
+    found = pretrain.load(tmp_path / "it.pth")
+    assert found["x"].tolist() == [0, 1, 2] and found["path"] == Path("a/b")
+
+
+@pytest.mark.parametrize("thing, name", [
+    (range(3), "range"), (frozenset("a"), "frozenset"), (np.array([{}]), "Object")])
+def test_an_object_that_is_refused_is_named(thing, name, tmp_path):
+    torch.save({"thing": thing}, tmp_path / "it.pth")
+    with pytest.raises(pretrain.FileError, match=f"data alone: it holds a .*{name}"):
+        pretrain.load(tmp_path / "it.pth")
+
+
+def test_the_other_scripts_checkpoint_is_no_resume(run, short, tmp_path, call):
+    code, _, errors = call(lincls.main, "--pretrained", run / "backbone.pth", "--arch", "tiny",
+                           "--device", "cpu", "--resume", run / "checkpoint.pth", "--output",
+                           tmp_path / "out")
+    assert code == 2
+    one_line(errors, "a checkpoint of the other script")
+
+
 def test_a_published_checkpoint_with_a_namespace_and_scalars_is_taken(run, short, tmp_path):
     """As MoCo's, PCL's and many others' training scripts save them."""
     ours = read_checkpoint(run)
@@ -264,7 +288,7 @@ def test_a_backbone_of_another_arch_is_refused_by_init(run, short, tmp_path, cal
     code, _, errors = call(pretrain.main, *short, "--arch", "resnet18", "--init",
                            run / "backbone.pth", "--output", tmp_path / "out")
     assert code == 2
-    one_line(errors, f"--init {run / 'backbone.pth'}")
+    one_line(errors, f"{run / 'backbone.pth'}: ", "--arch resnet18 with the small-image stem")
 
 
 # ---------------------------------------------------------------------------------------- resuming

@@ -1,11 +1,13 @@
 """The momentum-queue model, the loss made of it, and that several processes are one."""
 import copy
+import math
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import clusterings, in_processes, unit
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
@@ -196,7 +198,17 @@ LAYOUTS = {
         "teacher": prefixed("backbone.", w, 0), "student": prefixed("module.backbone.", w)}),
     "Barlow Twins": ("model.module.backbone.", lambda w: {
         "model": prefixed("module.backbone.", w)}),
+    "an nn.Sequential of its layers": ("state_dict.backbone.", lambda w: {
+        "state_dict": prefixed("backbone.", numbered(w))}),
 }
+
+
+def numbered(w):
+    with torch.device("meta"):
+        net = models.resnet18()
+    layers = nn.Sequential(*list(net.children())[:-1])
+    names = dict(zip(net.state_dict(), layers.state_dict()))  # in the same order, but for fc
+    return {other: w[name] for name, other in names.items()}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -236,6 +248,21 @@ def test_the_backbone_of_another_network_is_refused(arch, what, weights):
         encoder, _ = builder.build_backbone(arch)
     with pytest.raises(builder.UsageError, match=what):
         builder.load_backbone(encoder, weights)
+
+
+@pytest.mark.parametrize("name", ["layer1.2.conv1.weight", "layer4.1.se.weight"])
+def test_a_backbone_with_more_layers_is_refused_and_one_named(name, weights):
+    encoder, _ = builder.build_backbone("resnet18")
+    deeper = prefixed("module.", weights | {name: torch.zeros(2)})
+    with pytest.raises(builder.OtherNetwork, match=f"module.{name} is one too many"):
+        builder.load_backbone(encoder, {"state_dict": deeper})
+
+
+def test_weights_that_are_not_finite_are_refused(weights):
+    encoder, _ = builder.build_backbone("resnet18")
+    spoilt = weights | {"layer2.0.bn1.weight": weights["layer2.0.bn1.weight"] * math.nan}
+    with pytest.raises(builder.UsageError, match="not finite"):
+        builder.load_backbone(encoder, spoilt)
 
 
 def test_a_backbone_of_which_a_layer_is_missing_is_refused_and_the_layer_named(weights):

@@ -422,8 +422,57 @@ def test_a_mistake_is_one_line(trained, call, tmp_path, words, argv):
     refused(call, words, *argv, "--output", tmp_path / "out")
 
 
+@pytest.mark.parametrize("flags", [["--knn"], ["--knn", "--features", "{tmp}/file/x.pt"],
+                                   ["--evaluate"]])
+def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(trained, call, tmp_path, flags,
+                                                                    monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(pretrain, "embed", None)
+    output = tmp_path / ("out" if len(flags) > 2 else "file")
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    if flags != ["--evaluate"]:
+        flags.append("--pretrained")
+    status, _, errors = call(lincls.main, *flags, trained, *CPU, "--output", output)
+    assert status == 1 and errors.count("\n") == 1 and "file: cannot be written" in errors, errors
+
+
+@pytest.mark.parametrize("args, arch", [
+    (dict(dataset=dict(name="imagenet"), crop_size=16), "resnet18"),
+    (dict(dataset="folder", crop_size=[16, 8]), "resnet18"), (None, 3), ("text", "resnet18")])
+def test_the_flags_of_other_projects_are_none_of_ours(args, arch):
+    own = lincls.parse_args(["images", "--pretrained", "x"])
+    lincls.adopt(own, dict(args=args, arch=arch))
+    assert (own.dataset, own.crop_size) == ("folder", 224)
+    assert own.arch == ("resnet18" if arch != 3 else "resnet50")
+
+
+def images_of(root, train, val):
+    for folder in [*(f"train/{name}" for name in train), *(f"val/{name}" for name in val)]:
+        (root / folder).mkdir(parents=True)
+        for i in range(3):
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(root / folder / f"{i}.png")
+    return root
+
+
+def test_a_probe_of_other_classes_is_refused(trained, call, evaluate, tmp_path):
+    ours, others = (images_of(tmp_path / name, name, name) for name in ("ab", "xy"))
+    probe = tmp_path / "out" / "checkpoint.pth"
+    status, _, errors = call(lincls.main, ours, "--pretrained", trained, *CPU, "--epochs", 1,
+                             "--output", probe.parent)
+    assert status == 0, errors
+    assert call(lincls.main, ours, "--evaluate", probe, *CPU)[0] == 0
+    refused(call, ["other classes than those here, x, y"], others, "--evaluate", probe)
+
+
+def test_one_class_is_no_probe_and_clusters_are_no_more_than_vals_images(trained, call, tmp_path):
+    one, many = images_of(tmp_path / "1", "a", "a"), images_of(tmp_path / "2", "abcde", "a")
+    out = "--output", tmp_path / "out"
+    refused(call, ["a probe needs labels"], one, "--pretrained", trained, "--knn", *out)
+    refused(call, ["--cluster 5", "3 images"], many, "--pretrained", trained, "--cluster", *out)
+
+
 @pytest.mark.parametrize("flags", [
-    ["--finetune", "--knn"], ["--label-fraction", "0.1", "1"], ["--evaluate", "y"]])
+    ["--finetune", "--knn"], ["--label-fraction", "0.1", "1"], ["--evaluate", "y"], ["--cos"]])
 def test_flags_that_exclude_each_other(call, flags):
     status, _, errors = call(lincls.main, "--pretrained", "x", *flags)
     assert status == 2 and "error" in errors
@@ -432,9 +481,5 @@ def test_flags_that_exclude_each_other(call, flags):
 @pytest.mark.parametrize("val, words", [
     (None, "a probe needs labels"), (["a", "b", "other"], "other"), ([""], "a probe needs labels")])
 def test_a_val_without_the_classes_of_train_is_refused(trained, call, tmp_path, val, words):
-    for folder in [*("train/a", "train/b"), *(f"val/{name}" for name in val or ())]:
-        (tmp_path / "images" / folder).mkdir(parents=True)
-        for i in range(3):
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(tmp_path / "images" / folder / f"{i}.png")
-    refused(call, [words], tmp_path / "images", "--pretrained", trained, "--output",
-            tmp_path / "out")
+    images = images_of(tmp_path / "images", "ab", val or ())
+    refused(call, [words], images, "--pretrained", trained, "--output", tmp_path / "out")

@@ -173,6 +173,17 @@ def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step(whole, tmp
     goes_on_to_the_same_end(tmp_path / "run", *whole(2))
 
 
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_a_signal_ends_a_node_that_waits_for_the_others(nproc, tmp_path, start, free_port):
+    url = f"tcp://localhost:{free_port}"
+    run = start(tmp_path / "run", [*SMALL, "--nproc", nproc, "--world-size", 2, "--dist-url", url])
+    run.until(lambda: "waiting for the others" in run.text())
+    time.sleep(3)  # it now listens
+    run.signal(signal.SIGTERM)
+    code, said = run.end(20)
+    assert code in (-signal.SIGTERM, 143) and "Traceback" not in said, said
+
+
 @pytest.mark.parametrize("number, status", [
     (signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 0), (signal.SIGHUP, 129)])
 def test_a_signal_in_the_e_step_ends_at_once_without_a_new_checkpoint(number, status, whole,
