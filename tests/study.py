@@ -476,7 +476,7 @@ def main(argv=None):
     failed = 0
     for name, (below, recipe) in CPU.items():
         own = argparse.Namespace(**vars(args) | recipe)
-        own.data, own.output = os.path.join(args.data, below), args.output / name
+        own.data, own.output = str(Path(args.data, below)), args.output / name
         own.flags = [*recipe["flags"], *args.flags]
         failed += run_grids(own)
     sys.exit(failed > 0)
