@@ -264,6 +264,14 @@ def test_the_default_weights():
     assert {name: getattr(pretrain.parse_args([]), name) for name in WEIGHTS} == WEIGHTS
 
 
+def test_the_default_prototypes_queue_and_warm_up(group):
+    args = pretrain.parse_args(["DIR"])
+    args.bn_splits = 2
+    pretrain.fit(args, 60_000)
+    assert args.num_clusters == [1200, 2400, 5000] and args.queue_size == 15_000
+    assert (args.warmup_epochs, args.epochs) == (20, 200)
+
+
 def test_the_monitor_looks_before_training_only_where_that_is_quick_or_asked_for():
     asked = [], ["--dataset", "cifar10"], ["DIR", "--knn-every", "5"]
     assert all(pretrain.parse_args(flags).knn_first for flags in asked)
