@@ -289,7 +289,8 @@ def _splits(root, notes):
     _, folders, files = next(os.walk(root, onerror=_unreadable))
     folders, files = sorted(_visible(folders)), _visible(files)
     for name in files:
-        _follow(root / name)
+        if not _is_image(name):  # the others will be read
+            _follow(root / name)
     names = {name.lower(): name for name in folders}  # of "Train" and "train", the latter
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
