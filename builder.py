@@ -141,27 +141,36 @@ def load_backbone(encoder, checkpoint):
     state = tensors(checkpoint)
     wanted = {name: x for name, x in encoder.state_dict().items() if not is_of_head(name)}
     place = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
-    numbered = [re.sub(r"^\w+", lambda top: place.get(top[0], top[0]), name) for name in wanted]
+    named = {name: name for name in wanted}
+    numbered = {name: re.sub(r"^\w+", lambda top: place.get(top[0], top[0]), name)
+                for name in wanted}
     first, *_ = wanted
-    candidates = [(key.removesuffix(there[0]), dict(zip(wanted, there)))
-                  for there in ([*wanted], numbered) for key in state if key.endswith(there[0])]
-    if not candidates:
+
+    def candidates(there):
+        return [(name.removesuffix(there[first]), there) for name in state
+                if name.endswith(there[first])]
+
+    def held(candidate):
+        prefix, there = candidate
+        return sum(prefix + name in state for name in there.values())
+
+    def fit(candidate):
+        return held(candidate), not any(word in candidate[0] for word in FOLLOWERS)
+    found = candidates(named)
+    found += [one for one in candidates(numbered) if 2 * held(one) > len(wanted)]
+    if not found:
         raise UsageError(f"holds no backbone with a layer {first.removesuffix('.weight')}; give a "
                          f"checkpoint of PAUC, MoCo or PCL, a backbone.pth, or weights of "
                          f"torchvision")
-
-    def fit(candidate):
-        prefix, there = candidate
-        return (sum(prefix + name in state for name in there.values()),
-                not any(word in prefix for word in FOLLOWERS))
-    prefix, there = max(candidates, key=fit)
+    prefix, there = max(found, key=fit)
     found = {name: state[prefix + there[name]] for name in wanted if prefix + there[name] in state}
     missing = [name for name in wanted if name not in found and "num_batches" not in name]
     wrong = [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
              for name, x in found.items() if x.shape != wanted[name].shape]
     layers = tuple({f"{prefix}{name.split('.')[0]}." for name in there.values()})
     known = {prefix + name for name in there.values()}
-    more = [name for name in state if name.startswith(layers) and name not in known]
+    more = [name for name in state if name.startswith(layers) and name not in known
+            and name.endswith((".weight", ".bias"))]
     if missing or wrong or more:
         what = [f"{name} is missing" for name in missing] + wrong
         what += [f"{name} is one too many" for name in more]

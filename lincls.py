@@ -99,10 +99,11 @@ def main(argv=None):
 def main_worker(args):
     source = pretrain.load(args.pretrained or args.evaluate)
     adopt(args, source)
-    pretrain.make_folder(args.output)
+    if dist.get_rank() == 0:
+        pretrain.make_folder(args.output)
     train, val = pretrain.open_data(args)
     check_labels(args, train, val)
-    net = load_net(args, source, train.num_classes, classes_of(train))
+    net = load_net(args, source, train.num_classes, getattr(train, "classes", None))
     del source
     subsets = label_subsets(args, train)
     if args.on_features:
@@ -158,7 +159,9 @@ def check_labels(args, train, val):
         f"{len(val or ())} to evaluate on")
     for note in train.notes:
         say(note)
-    if val is None or train.num_classes < 2:
+    if train.num_classes == 1:
+        raise UsageError(f"{args.dir}: has one class, and an evaluation needs two or more")
+    if val is None or not train.num_classes:
         raise UsageError(f"{args.dir}: a probe needs labels, DIR/train/CLASS/* and "
                          f"DIR/val/CLASS/*; put the images of each class into a folder of its "
                          f"name, in both")
@@ -168,9 +171,9 @@ def check_labels(args, train, val):
                          f"{names}")
 
 
-def load_net(args, source, num_classes, names=None):
+def load_net(args, source, num_classes, classes):
     """The classifier in eval mode: the checkpoint's backbone, and a linear layer that is new or,
-    with --evaluate, the saved probe's, if it is of classes of these names."""
+    with --evaluate, the saved probe's, if it is of these classes."""
     path = args.pretrained or args.evaluate
     torch.manual_seed(args.seed)
     backbone, width = builder.build_backbone(args.arch, args.small_images)
@@ -185,9 +188,10 @@ def load_net(args, source, num_classes, names=None):
         if "fc.weight" not in state or state["fc.weight"].shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: not a probe of {num_classes} classes, saved by "
                              f"this script")
-        if source.get("classes", names) != names:
-            raise UsageError(f"--evaluate {path}: is a probe of other classes than those here, "
-                             f"{loader.shown(', '.join(names[:5]))}")
+        for ours, its in zip(classes or (), source.get("classes") or ()):
+            if loader.composed(ours) != loader.composed(its):
+                raise UsageError(loader.shown(f"--evaluate {path}: is a probe of other classes: "
+                                              f"{its}, where there is {ours} here"))
         fc.load_state_dict({name: state[f"fc.{name}"] for name in ("weight", "bias")})
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
@@ -242,18 +246,14 @@ def names_of(data):
     return getattr(data, "names", None) or [str(i) for i in range(len(data))]
 
 
-def classes_of(data):
-    """The names of the classes."""
-    return getattr(data, "classes", None) or [str(label) for label in range(data.num_classes)]
-
-
 def subset(data, rows):
     """Some images of a data set, as a data set."""
     if rows is None:
         return data
     some = torch.utils.data.Subset(data, rows.tolist())
     some.labels, some.num_classes = data.labels[rows], data.num_classes
-    some.statistics, some.notes, some.classes = data.statistics, data.notes, classes_of(data)
+    some.statistics, some.notes = data.statistics, data.notes
+    some.classes = getattr(data, "classes", None)
     some.digest = f"{loader.seed_of(data.digest, rows.tolist()):x}"
     if hasattr(data, "images"):
         some.images = data.images[rows.to(data.images.device)]
@@ -301,7 +301,7 @@ def train_net(net, train, val, args):
 
     def save_run():
         pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=train.digest, classes=classes_of(train))
+                                 digest=train.digest, classes=getattr(train, "classes", None))
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
@@ -410,7 +410,7 @@ def extract(backbone, train, val, args):
             raise UsageError(f"--features {path}: is of another backbone, data or crop; name "
                              f"another file")
         return features
-    if path:
+    if path and dist.get_rank() == 0:
         pretrain.make_folder(path.parent)
     features = dict(of=of)
     for split, data in (("train", train), ("val", val)):

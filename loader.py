@@ -194,8 +194,8 @@ def _folder(root, classes, bits):
         where = f"in the class folders of {train}" if labelled else "at any depth"
         kinds = " ".join(sorted(_extensions()))
         raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
-    empty = sorted({*_visible(next(os.walk(train))[1])} - images.keys())
-    if empty and labelled:
+    empty = labelled and sorted({*_visible(next(os.walk(train))[1])} - images.keys())
+    if empty:
         notes.append(f"{train}: no images of their own in {len(empty)} folders: "
                      f"{', '.join(empty[:5])}")
     if loose and labelled:
@@ -217,9 +217,10 @@ def _folder(root, classes, bits):
 def _validation(root, folder, known, wanted, bits, notes, others):
     """The images of val in the class folders `wanted` of those `known` from train; None if there
     are none."""
-    same = {_composed(name): name for name in known}
-    images = {same.get(_composed(name), name): paths
-              for name, paths in _by_folder(folder, others).items()}
+    same, images = {composed(name): name for name in known}, {}
+    for name, paths in _by_folder(folder, others).items():
+        name = name if name in known else same.get(composed(name), name)
+        images.setdefault(name, []).extend(paths)
     there, loose = images.keys() - {""}, len(images[""])
     unknown, absent = sorted(there - {*known}), sorted({*wanted} - there)
     if not there:
@@ -289,8 +290,7 @@ def _splits(root, notes):
     _, folders, files = next(os.walk(root, onerror=_unreadable))
     folders, files = sorted(_visible(folders)), _visible(files)
     for name in files:
-        if not _is_image(name):  # the others will be read
-            _follow(root / name)
+        _follow(root / name)
     names = {name.lower(): name for name in folders}  # of "Train" and "train", the latter
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
@@ -329,9 +329,9 @@ def read_lines(flag, path):
 
 def _chosen(path, train, known):
     """The class folders that a file names, one a line."""
-    same = {_composed(name): name for name in known}
+    same = {composed(name): name for name in known} | {name: name for name in known}
     lines = [line.rstrip("/\\") for line in read_lines("--classes", path)]
-    keep = sorted({same.get(_composed(line), line) for line in lines})
+    keep = sorted({same.get(line, same.get(composed(line), line)) for line in lines})
     missing = [name for name in keep if name not in known]
     if not keep:
         raise UsageError(shown(f"--classes {path}: is empty"))
@@ -340,7 +340,7 @@ def _chosen(path, train, known):
     return keep
 
 
-def _composed(name):
+def composed(name):
     """A name as Unix usually writes its accents; macOS keeps them as characters of their own."""
     return unicodedata.normalize("NFC", name)
 
@@ -371,9 +371,9 @@ def _walk(folder, others=None):
 
 
 def _follow(path):
-    """A link that leads nowhere, or where none may look, would pass for a file that is no image."""
+    """A link to a folder that is not there, or not to be seen, would pass for a file."""
     try:
-        if os.path.islink(path):
+        if not os.path.splitext(path)[1] and os.path.islink(path):
             os.stat(path)
     except OSError as error:
         if error.errno != errno.ELOOP:
@@ -386,8 +386,8 @@ def _identity(folder):
 
 
 def _unreadable(error):
-    raise FileError(shown(f"{error.filename}: this folder cannot be read ({error.strerror}); "
-                          f"change its permissions, mend the link, or move it away"))
+    raise FileError(shown(f"{error.filename}: this folder or link cannot be read "
+                          f"({error.strerror}); change its permissions, mend it, or move it away"))
 
 
 def _visible(names):
@@ -421,7 +421,11 @@ class Files(Dataset):
         return len(self.paths)
 
     def __getitem__(self, i):
-        return read_image(self.path(i), self.bits), int(self.labels[i])
+        try:
+            return read_image(self.path(i), self.bits), int(self.labels[i])
+        except FileError as error:
+            raise FileError(f"{error}; `python loader.py DIR --bits {self.bits}` lists all such "
+                            f"files") from None
 
     def path(self, i):
         return os.path.join(self.root, os.fsdecode(self.paths[i]))
@@ -459,8 +463,8 @@ def read_image(path, bits=16):
     except Exception as error:  # PIL raises nearly anything on a broken file
         problem = f"cannot be read as an image ({error}); replace, convert or remove it"
         if getattr(error, "errno", None):  # the system's, not PIL's
-            problem = f"cannot be read ({error.strerror}); it may be whole: see its permissions"
-    raise FileError(shown(f"{path}: {problem}; `python loader.py DIR` lists all such files"))
+            problem = f"cannot be read ({error.strerror}); it may be whole"
+    raise FileError(shown(f"{path}: {problem}"))
 
 
 def to_rgb(image, bits=16):
@@ -497,35 +501,40 @@ def _to_8_bits(image, bits):
 
 def _is_deep_colour(image):
     """Whether a file that is not loaded yet has colours of 16 bits: Pillow reads the upper 8."""
-    depth = str([tile[3] for tile in image.tile])
-    return not image.mode.startswith("I") and (";16" in depth or "65535" in depth)
+    args = [tile[3] if isinstance(tile[3], tuple) else (tile[3],) for tile in image.tile]
+    deep = any(";16" in str(raw) and raw != "BGR;16" for raw, *_ in args)  # that has 16 in all
+    return not image.mode.startswith("I") and (deep or image.format == "PPM" and
+                                               any(65535 in parts for parts in args))
 
 
 def _notes_on_depth(data, bits):
     """Says whether 16-bit files use fewer bits, by a look at a few, evenly spread."""
-    largest, scalable = 0, True
+    largest = {True: 0, False: 0}  # in files that --bits scales, and in those that it does not
     for i in np.linspace(0, len(data) - 1, min(len(data), LOOK_IMAGES)).astype(int):
         try:
             with Image.open(data.path(i)) as image:
                 deep = _is_deep_colour(image)
                 if deep or image.mode.startswith("I"):
-                    value = int(np.asarray(image).max())
-                    largest = max(largest, 256 * value + 255 if deep else value)
-                    scalable = scalable and not deep and image.format != "PPM"
+                    value = int(np.asarray(image.convert("RGB") if deep else image).max())
+                    scaled = not deep and image.format != "PPM"
+                    largest[scaled] = max(largest[scaled], 256 * value + 255 if deep else value)
         except Exception:  # a broken file, which is named when it is read
             continue
-    used = largest.bit_length()
-    if bits < 16 or not 0 < used < 15:
-        return []
-    advice = f"--bits {used} scales them" if used > 8 and scalable else "convert them to 8 bits"
-    return [f"{data.root}: 16-bit files use {used} bits (the largest value seen is {largest}) and "
-            f"will be dark; {advice}"]
+    notes = []
+    for scaled, value in largest.items() if bits == 16 else ():
+        used = value.bit_length()
+        advice = f"--bits {used} scales them" if used > 8 and scaled else "convert them to 8 bits"
+        if 0 < used < 15:
+            notes.append(f"{data.root}: 16-bit files use {used} bits (the largest value seen is "
+                         f"{value}) and will be dark; {advice}")
+    return notes
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="list the images that cannot be read")
     parser.add_argument("dir", type=Path, metavar="DIR", help="a folder of images, at any depth")
-    parser.add_argument("--bits", type=int, default=16, help="that 16-bit image files use")
+    parser.add_argument("--bits", type=int, default=16, choices=range(8, 17), metavar="BITS",
+                        help="that 16-bit image files use")
     args = parser.parse_args(argv)
     if not os.path.isdir(args.dir):
         parser.exit(FileError.status, shown(f"{args.dir}: no such folder") + "\n")

@@ -135,8 +135,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.num_clusters is not None:
         args.num_clusters = sum(args.num_clusters, [])
-    if "--cos" in (args.ignored or ()):  # in MoCo, too, it comes before --schedule
-        args.schedule = None
+    if args.schedule and "--cos" in (args.ignored or ()):
+        parser.error("--cos and --schedule: give one of the two")
     args.dataset = args.dataset or ("folder" if args.dir else "digits")
     args.dir = args.dir or "data"
     args.knn_first = args.knn_every is not None or args.dataset != "folder"  # 1.3 million are slow
@@ -755,12 +755,11 @@ def launch(worker, args, batch_size=None):
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         else:
             print(f"node {args.rank} of {args.world_size}, waiting for the others", flush=True)
-        if nproc == 1:
+        if group["world_size"] == 1:
             in_process(0, worker, args, cuda, nproc, group, meeting)
         else:
             inputs = worker, args, cuda, nproc, group, meeting
-            job = mp.start_processes(in_process, inputs, nproc, join=False)
-            supervise(job.processes, meeting)
+            supervise(lambda: mp.start_processes(in_process, inputs, nproc, join=False), meeting)
 
 
 def processes(args, cuda, batch_size):
@@ -818,7 +817,8 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
     set_up(args, local_rank, cuda, nproc)
     if meeting:
         group["rank"] += local_rank
-    stop.reset(alone=bool(meeting) and nproc == 1)
+    spawned = bool(meeting) and group["world_size"] > 1
+    stop.reset(alone=bool(meeting) and not spawned)
     if cuda:
         group["device_id"] = args.device  # else NCCL guesses it from the rank
     with signal_handlers(stop.on_signal):
@@ -836,10 +836,10 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
             stop.waiting = True  # a signal has nothing left to end
             traceback.clear_frames(error.__traceback__)  # the data workers end with their loader
             error = dead_worker(error) or error
-            if nproc > 1 and not isinstance(error, (Stopped, *KNOWN)):
+            if group["world_size"] > 1 and not isinstance(error, (Stopped, *KNOWN)):
                 let_another_speak()
             if stop.caught and not isinstance(error, KNOWN):
-                sys.exit(end_by_signal(args, group["rank"], spawned=meeting and nproc > 1))
+                sys.exit(end_by_signal(args, group["rank"], spawned))
             fail(error, meeting)
 
 
@@ -898,21 +898,27 @@ def speak(error, meeting=None):
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
 
 
-def supervise(processes, meeting):
-    """Wait for the processes of this node, hand signals on to them, and end with all of them when
-    one has failed."""
-    caught = 0
+def supervise(start, meeting):
+    """Start the processes of this node, wait for them, hand signals on to them, and end with all of
+    them when one has failed."""
+    caught, processes = 0, []
 
     def hand_on(number, _):
         nonlocal caught
         if number == signal.SIGINT and caught in (signal.SIGINT, signal.SIGKILL):
             number = signal.SIGKILL  # it is not the first
         caught = number
+        send(number)
+
+    def send(number):
         for process in processes:
             if process.exitcode is None:
                 os.kill(process.pid, number)
 
     with signal_handlers(hand_on):
+        processes += start().processes
+        if caught:  # before they were there
+            send(caught)
         while not any(process.exitcode for process in processes):
             running = [process.sentinel for process in processes if process.exitcode is None]
             if not running:

@@ -77,6 +77,7 @@ def one_line(errors, *words):
     (["--output", "{tmp}/wrong/run"], 1, ["wrong"]),
     (["--world-size", "2"], 2, ["--dist-url tcp://HOST:PORT"]),
     (["--world-size", "2", "--dist-url", "tcp://node0"], 2, ["--dist-url tcp://HOST:PORT"]),
+    (["--cos", "--schedule", "3"], 2, ["--cos and --schedule"]),
     (["--rank", "1"], 2, ["--rank 1", "last is 0"]),
 ])
 def test_a_bad_flag_is_one_line_with_what_works(flags, status, words, tmp_path, call):
@@ -435,7 +436,7 @@ def test_a_process_has_at_least_32_images_of_the_batch_unless_asked_for(flags, s
                         found.append(nproc))
     monkeypatch.setattr(pretrain.mp, "start_processes", lambda function, args, nproc, **_: (
         found.append(nproc), types.SimpleNamespace(processes=[]))[1])
-    monkeypatch.setattr(pretrain, "supervise", lambda *_: None)
+    monkeypatch.setattr(pretrain, "supervise", lambda start, _: start())
     pretrain.main(flags)
     assert found == [started]
     said = capsys.readouterr().out

@@ -258,6 +258,19 @@ def test_a_backbone_with_more_layers_is_refused_and_one_named(name, weights):
         builder.load_backbone(encoder, {"state_dict": deeper})
 
 
+def test_what_tools_add_to_a_layer_is_no_other_network(weights):
+    encoder, _ = builder.build_backbone("resnet18")
+    more = {"conv1.total_ops": torch.zeros(1), "fc.2.weight": torch.zeros(1)}
+    assert builder.load_backbone(encoder, prefixed("module.", weights | more)) == "module."
+
+
+def test_other_numbered_layers_are_no_backbone():
+    encoder, _ = builder.build_backbone("resnet18")
+    other = {"head.0.weight": torch.zeros(1), "blocks.0.weight": torch.zeros(1)}
+    with pytest.raises(builder.UsageError, match="holds no backbone"):
+        builder.load_backbone(encoder, other)
+
+
 def test_weights_that_are_not_finite_are_refused(weights):
     encoder, _ = builder.build_backbone("resnet18")
     spoilt = weights | {"layer2.0.bn1.weight": weights["layer2.0.bn1.weight"] * math.nan}

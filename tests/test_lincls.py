@@ -461,13 +461,13 @@ def test_a_probe_of_other_classes_is_refused(trained, call, evaluate, tmp_path):
                              "--output", probe.parent)
     assert status == 0, errors
     assert call(lincls.main, ours, "--evaluate", probe, *CPU)[0] == 0
-    refused(call, ["other classes than those here, x, y"], others, "--evaluate", probe)
+    refused(call, ["other classes: a, where there is x here"], others, "--evaluate", probe)
 
 
 def test_one_class_is_no_probe_and_clusters_are_no_more_than_vals_images(trained, call, tmp_path):
     one, many = images_of(tmp_path / "1", "a", "a"), images_of(tmp_path / "2", "abcde", "a")
     out = "--output", tmp_path / "out"
-    refused(call, ["a probe needs labels"], one, "--pretrained", trained, "--knn", *out)
+    refused(call, ["has one class"], one, "--pretrained", trained, "--knn", *out)
     refused(call, ["--cluster 5", "3 images"], many, "--pretrained", trained, "--cluster", *out)
 
 

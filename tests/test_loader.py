@@ -177,6 +177,10 @@ def test_accents_are_the_same_as_macos_and_others_write_them(tmp_path):
     assert data.notes == [] and len(loader.load("folder", tmp_path)[1]) == 1
     (tmp_path / "keep").write_text(composed)
     assert len(loader.load("folder", tmp_path, tmp_path / "keep")[0]) == 1
+    write(tmp_path, f"val/{decomposed}/2.png")
+    assert len(loader.load("folder", tmp_path)[1]) == 2  # in both spellings
+    folder(tmp_path, f"train/{composed}/1.png")
+    assert loader.load("folder", tmp_path)[1].labels.tolist() == [0, 1]
 
 
 def test_a_class_folder_without_images_is_said(tmp_path):
@@ -195,8 +199,13 @@ def test_a_link_that_leads_nowhere_is_named(link, tmp_path):
     names = [f"{split}/a/1.png" for split in ("train", "val") if split != link]
     write(tmp_path, *names)
     (tmp_path / link).symlink_to(tmp_path / "nowhere")
-    with pytest.raises(loader.FileError, match=f"{link}: this folder cannot.*mend the link"):
+    with pytest.raises(loader.FileError, match=f"{link}: this folder or link cannot"):
         loader.load("folder", tmp_path)
+
+
+def test_a_link_to_a_file_that_is_gone_is_no_image(tmp_path):
+    (tmp_path / "labels.txt").symlink_to(tmp_path / "nowhere")
+    assert said(folder(tmp_path, "1.png"), "1 .txt")
 
 
 def test_loose_images_beside_class_folders_are_left_out_and_counted(tmp_path):
@@ -274,7 +283,7 @@ def test_a_folder_without_permission_is_named(names, tmp_path, monkeypatch):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(loader.FileError, match="/b: this folder cannot be read .Permission denied"):
+    with pytest.raises(loader.FileError, match="/b: this folder or link.*Permission denied"):
         loader.load("folder", tmp_path)
 
 
@@ -381,6 +390,17 @@ def test_16_bit_colours_that_use_fewer_are_mentioned_and_not_scaled(tmp_path):
     assert said(data, "16-bit files use", "convert them to 8 bits")
     with pytest.raises(loader.FileError, match="x.ppm: holds colours of 16 bits.*convert"):
         loader.read_image(tmp_path / "x.ppm", bits=12)
+    (tmp_path / "x.ppm").write_bytes(b"P6 1 1 65535\n" + (16 * values).tobytes())
+    Image.fromarray(np.array([[4095]], np.uint16)).save(tmp_path / "grey.png")
+    data = loader.load("folder", tmp_path)[0]
+    assert len(data.notes) == 2 and said(data, "--bits 12")  # whatever lies beside
+
+
+def test_colours_of_16_bits_in_all_are_no_deep_ones(tmp_path):
+    (tmp_path / "565.bmp").write_bytes(
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 70, 0, 0, 66, 40, 1, 1, 1, 16, 3, 4, 0, 0, 0, 0)
+        + struct.pack("<IIIHH", 0xF800, 0x07E0, 0x001F, 0xF800, 0))
+    assert loader.read_image(tmp_path / "565.bmp", bits=12)[:, 0, 0].tolist() == [255, 0, 0]
 
 
 def test_a_tiff_says_what_its_values_mean(tmp_path):
@@ -409,7 +429,7 @@ def test_exif_orientation_is_applied(orientation, name, tmp_path):
 
 
 @pytest.mark.parametrize("error, words", [
-    (PermissionError(13, "Permission denied"), "Permission denied.*may be whole"),
+    (PermissionError(13, "Permission denied"), "Permission denied.*may be whole$"),
     (OSError(24, "Too many open files"), "Too many.*may be whole"), (MemoryError(), "--workers")])
 def test_a_whole_file_that_cannot_be_read_is_not_called_broken(error, words, tmp_path, monkeypatch):
     def fail(*_):

@@ -288,12 +288,6 @@ def test_mocos_and_pcls_flag_names_are_aliases():
         assert pretrain.parse_args(["--num-clusters", *text]).num_clusters == [2, 3]
 
 
-def test_cos_comes_before_schedule_as_in_moco():
-    flags = "--schedule", "120", "160"
-    assert pretrain.parse_args(["--cos", *flags]).schedule is None
-    assert pretrain.parse_args([*flags]).schedule == [120, 160]
-
-
 def test_command_lines_of_moco_and_pcl_run_and_say_what_has_no_use(few, tmp_path):
     moco = "--mlp --moco-t 0.2 --aug-plus --cos --multiprocessing-distributed --gpu 0".split()
     pcl = "--exp-dir", tmp_path / "run", "--warmup-epoch", 1, "--num-cluster", "2,3", "-p", 5

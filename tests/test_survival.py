@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import (REAL, SMALL, Running, gone, here, read_checkpoint, read_log, same_ending,
@@ -173,15 +174,22 @@ def test_a_signal_to_one_process_ends_all_of_them_after_the_same_step(whole, tmp
     goes_on_to_the_same_end(tmp_path / "run", *whole(2))
 
 
+def listens(port):
+    sockets = [line.split() for kind in ("tcp", "tcp6")
+               for line in Path(f"/proc/net/{kind}").read_text().splitlines()]
+    return any(fields[1].endswith(f":{port:04X}") and fields[3] == "0A" for fields in sockets)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 0)])
 @pytest.mark.parametrize("nproc", [1, 2])
-def test_a_signal_ends_a_node_that_waits_for_the_others(nproc, tmp_path, start, free_port):
+def test_a_signal_ends_a_node_that_waits_for_the_others(nproc, number, status, tmp_path, start,
+                                                        free_port):
     url = f"tcp://localhost:{free_port}"
     run = start(tmp_path / "run", [*SMALL, "--nproc", nproc, "--world-size", 2, "--dist-url", url])
-    run.until(lambda: "waiting for the others" in run.text())
-    time.sleep(3)  # it now listens
-    run.signal(signal.SIGTERM)
+    run.until(lambda: listens(free_port))
+    run.signal(number)
     code, said = run.end(20)
-    assert code in (-signal.SIGTERM, 143) and "Traceback" not in said, said
+    assert code == status and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("number, status", [
