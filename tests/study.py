@@ -81,7 +81,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC's study", allow_abbrev=False)
     add = parser.add_argument
     add("--data", default="data", metavar="DIR", help="holds FashionMNIST/raw/*.gz")
-    add("--grid", nargs="+", choices=grids(), default=["main"])
+    add("--grid", nargs="+", choices=grids(), help="default: main, with --cpu few and coarse")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     add("--jobs", type=int, default=1, help="runs at once, all on one device")
     add("--images", type=int, default=54_000, help="training images")
@@ -472,12 +472,13 @@ def main(argv=None):
     pretrain.parse_args(args.flags)  # wrong ones end here
     signal.signal(signal.SIGTERM, end)
     if not args.cpu:
+        args.grid = args.grid or ["main"]
         sys.exit(run_grids(args) > 0)
     failed = 0
     for name, (below, recipe) in CPU.items():
         own = argparse.Namespace(**vars(args) | recipe)
         own.data, own.output = str(Path(args.data, below)), args.output / name
-        own.flags = [*recipe["flags"], *args.flags]
+        own.flags, own.grid = [*recipe["flags"], *args.flags], args.grid or recipe["grid"]
         failed += run_grids(own)
     sys.exit(failed > 0)
 
