@@ -2,7 +2,7 @@
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
     python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
-                                                                    # 30 runs of 6 or 11 min a core
+                                                                    # 30 runs of 6 or 12 min a core
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
