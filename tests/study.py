@@ -131,6 +131,7 @@ def grids():
                 weights=variants(weights()), terms=variants(alone() | left_out()),
                 forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
                 hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]),
+                hierarchy_weights=variants(weights(), ["10"]) | variants(weights(), ["100"]),
                 hierarchy_warmup=variants(warmups(), ["10"]) | variants(warmups(), ["100"]))
 
 
