@@ -156,13 +156,13 @@ def load_backbone(encoder, checkpoint):
 
     def fit(candidate):
         return held(candidate), not any(word in candidate[0] for word in FOLLOWERS)
-    found = candidates(named)
-    found += [one for one in candidates(numbered) if 2 * held(one) > len(wanted)]
-    if not found:
+    places = candidates(named)
+    places += [one for one in candidates(numbered) if 2 * held(one) > len(wanted)]
+    if not places:
         raise UsageError(f"holds no backbone with a layer {first.removesuffix('.weight')}; give a "
                          f"checkpoint of PAUC, MoCo or PCL, a backbone.pth, or weights of "
                          f"torchvision")
-    prefix, there = max(found, key=fit)
+    prefix, there = max(places, key=fit)
     found = {name: state[prefix + there[name]] for name in wanted if prefix + there[name] in state}
     missing = [name for name in wanted if name not in found and "num_batches" not in name]
     wrong = [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"

@@ -103,7 +103,7 @@ def main_worker(args):
         pretrain.make_folder(args.output)
     train, val = pretrain.open_data(args)
     check_labels(args, train, val)
-    net = load_net(args, source, train.num_classes, getattr(train, "classes", None))
+    net = load_net(args, source, train.num_classes, classes_of(train))
     del source
     subsets = label_subsets(args, train)
     if args.on_features:
@@ -188,7 +188,7 @@ def load_net(args, source, num_classes, classes):
         if "fc.weight" not in state or state["fc.weight"].shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: not a probe of {num_classes} classes, saved by "
                              f"this script")
-        for ours, its in zip(classes or (), source.get("classes") or ()):
+        for ours, its in zip(classes, source.get("classes") or ()):
             if loader.composed(ours) != loader.composed(its):
                 raise UsageError(loader.shown(f"--evaluate {path}: is a probe of other classes: "
                                               f"{its}, where there is {ours} here"))
@@ -246,6 +246,11 @@ def names_of(data):
     return getattr(data, "names", None) or [str(i) for i in range(len(data))]
 
 
+def classes_of(data):
+    """The names of the classes, if they have any."""
+    return getattr(data, "classes", None) or []
+
+
 def subset(data, rows):
     """Some images of a data set, as a data set."""
     if rows is None:
@@ -253,7 +258,7 @@ def subset(data, rows):
     some = torch.utils.data.Subset(data, rows.tolist())
     some.labels, some.num_classes = data.labels[rows], data.num_classes
     some.statistics, some.notes = data.statistics, data.notes
-    some.classes = getattr(data, "classes", None)
+    some.classes = classes_of(data)
     some.digest = f"{loader.seed_of(data.digest, rows.tolist()):x}"
     if hasattr(data, "images"):
         some.images = data.images[rows.to(data.images.device)]
@@ -301,7 +306,7 @@ def train_net(net, train, val, args):
 
     def save_run():
         pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=train.digest, classes=getattr(train, "classes", None))
+                                 digest=train.digest, classes=classes_of(train))
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]

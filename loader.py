@@ -217,10 +217,9 @@ def _folder(root, classes, bits):
 def _validation(root, folder, known, wanted, bits, notes, others):
     """The images of val in the class folders `wanted` of those `known` from train; None if there
     are none."""
-    same, images = {composed(name): name for name in known}, {}
+    spelt, images = _spelling(known), {}
     for name, paths in _by_folder(folder, others).items():
-        name = name if name in known else same.get(composed(name), name)
-        images.setdefault(name, []).extend(paths)
+        images.setdefault(spelt(name), []).extend(paths)
     there, loose = images.keys() - {""}, len(images[""])
     unknown, absent = sorted(there - {*known}), sorted({*wanted} - there)
     if not there:
@@ -329,9 +328,8 @@ def read_lines(flag, path):
 
 def _chosen(path, train, known):
     """The class folders that a file names, one a line."""
-    same = {composed(name): name for name in known} | {name: name for name in known}
-    lines = [line.rstrip("/\\") for line in read_lines("--classes", path)]
-    keep = sorted({same.get(line, same.get(composed(line), line)) for line in lines})
+    spelt = _spelling(known)
+    keep = sorted({spelt(line.rstrip("/\\")) for line in read_lines("--classes", path)})
     missing = [name for name in keep if name not in known]
     if not keep:
         raise UsageError(shown(f"--classes {path}: is empty"))
@@ -345,9 +343,15 @@ def composed(name):
     return unicodedata.normalize("NFC", name)
 
 
+def _spelling(known):
+    """A function that gives a name as it is among those known, however its accents are written."""
+    same = {composed(name): name for name in known} | {name: name for name in known}
+    return lambda name: same.get(name, same.get(composed(name), name))
+
+
 def _walk(folder, others=None):
     """The images below a folder, by relative path; counts in `others` the other files' extensions.
-    Names that begin with a dot are not there.
+    Names that begin with a dot, and those of SYSTEM, are not there.
 
     Each folder is entered once, and by its own path rather than a link if it has one below here.
     """
@@ -414,7 +418,8 @@ class Files(Dataset):
         self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
         self.labels, self.num_classes = torch.tensor(labels, dtype=torch.long), num_classes
         self.bits, self.statistics, self.notes = bits, IMAGENET_STATISTICS, []
-        self.classes, self.unknown_classes = None, []  # folders of val that are none of train's
+        self.classes = None  # their names, if there are labels
+        self.unknown_classes = []  # folders of val that are none of train's
         self.digest = hashlib.blake2b(self.paths.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self):

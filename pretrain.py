@@ -197,10 +197,10 @@ def main_worker(args):
     fit(args, len(train))
     log_size, checkpoint = open_output(args, train)
     torch.manual_seed(args.seed)
-    model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
-                         args.crop_size < loader.SMALL_CROP, args.bn_splits)
+    small_images = args.crop_size < loader.SMALL_CROP
+    model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp, small_images,
+                         args.bn_splits)
     if args.init and not checkpoint:
-        small_images = args.crop_size < loader.SMALL_CROP
         load_backbone(model.encoder_q, load(args.init), args.init, args.arch, small_images)
         model.encoder_k.load_state_dict(model.encoder_q.state_dict())  # the heads are new
     model.to(args.device, memory_format=torch.channels_last)

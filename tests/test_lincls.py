@@ -454,7 +454,7 @@ def images_of(root, train, val):
     return root
 
 
-def test_a_probe_of_other_classes_is_refused(trained, call, evaluate, tmp_path):
+def test_a_probe_of_other_classes_is_refused(trained, call, tmp_path):
     ours, others = (images_of(tmp_path / name, name, name) for name in ("ab", "xy"))
     probe = tmp_path / "out" / "checkpoint.pth"
     status, _, errors = call(lincls.main, ours, "--pretrained", trained, *CPU, "--epochs", 1,
