@@ -24,10 +24,6 @@ class UsageError(ValueError):
     status = 2
 
 
-class OtherNetwork(UsageError):
-    """Weights that are not those of the network that is asked for."""
-
-
 # --------------------------------------------------------------------------------------- encoders
 
 
@@ -52,15 +48,16 @@ def build_backbone(arch, small_images=False, bn_splits=1):
                          f"wide resnets, regnets and shufflenets do")
     setattr(net, HEAD, nn.Identity())
     if small_images:
-        first = next(module for module in net.modules() if isinstance(module, nn.Conv2d))
+        name, first = next((name, module) for name, module in net.named_modules()
+                           if isinstance(module, nn.Conv2d))
         stem = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=first.bias is not None)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
-        _replace(net, lambda module: stem if module is first else module)
+        net.set_submodule(name, stem)
         if hasattr(net, "maxpool"):
             net.maxpool = nn.Identity()
-    if bn_splits > 1:
-        _replace(net, lambda module: (SplitBatchNorm2d(module, bn_splits)
-                                      if type(module) is nn.BatchNorm2d else module))
+    for name, module in list(net.named_modules()) if bn_splits > 1 else ():
+        if type(module) is nn.BatchNorm2d:
+            net.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
     return net, head.in_features
 
 
@@ -78,11 +75,6 @@ def backbone_of(encoder):
 
 def head_of(encoder):
     return getattr(encoder, HEAD)
-
-
-def is_of_head(name):
-    """Is this entry of an encoder's state dict one of its head's?"""
-    return name.startswith(f"{HEAD}.")
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -107,12 +99,6 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return torch.cat([super().forward(first), *others])
 
 
-def _replace(module, function):
-    for name, child in module.named_children():
-        setattr(module, name, function(child))
-        _replace(child, function)
-
-
 # ------------------------------------------------------------------------------------ checkpoints
 
 # Encoders that follow another one by momentum; where a checkpoint has both, the other is wanted.
@@ -135,46 +121,37 @@ def load_backbone(encoder, checkpoint):
 
     The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
     checkpoints, this project's, torchvision's weights, and many others; also where its layers were
-    put into an nn.Sequential, which numbers them. Returns the prefix. Raises UsageError, of the
-    kind OtherNetwork with what is missing or too much.
+    put into an nn.Sequential, which numbers them. Returns the prefix. Raises UsageError, which says
+    what is missing or too much.
     """
-    state = tensors(checkpoint)
-    wanted = {name: x for name, x in encoder.state_dict().items() if not is_of_head(name)}
-    place = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
-    named = {name: name for name in wanted}
-    numbered = {name: re.sub(r"^\w+", lambda top: place.get(top[0], top[0]), name)
-                for name in wanted}
-    first, *_ = wanted
-
-    def candidates(there):
-        return [(name.removesuffix(there[first]), there) for name in state
-                if name.endswith(there[first])]
-
-    def held(candidate):
-        prefix, there = candidate
-        return sum(prefix + name in state for name in there.values())
-
-    def fit(candidate):
-        return held(candidate), not any(word in candidate[0] for word in FOLLOWERS)
-    places = candidates(named)
-    places += [one for one in candidates(numbered) if 2 * held(one) > len(wanted)]
+    state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
+    number = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
+    numbered = [re.sub(r"^\w+", lambda top: number.get(top[0], top[0]), name) for name in wanted]
+    places = []
+    for names, least in (([*wanted], 0), (numbered, len(wanted) / 2)):
+        for prefix in [name.removesuffix(names[0]) for name in state if name.endswith(names[0])]:
+            held = sum(prefix + name in state for name in names)
+            leads = not any(word in prefix for word in FOLLOWERS)
+            if held > least:
+                places.append((held, leads, prefix, names))
     if not places:
-        raise UsageError(f"holds no backbone with a layer {first.removesuffix('.weight')}; give a "
-                         f"checkpoint of PAUC, MoCo or PCL, a backbone.pth, or weights of "
-                         f"torchvision")
-    prefix, there = max(places, key=fit)
-    found = {name: state[prefix + there[name]] for name in wanted if prefix + there[name] in state}
+        first = next(iter(wanted)).removesuffix(".weight")
+        raise UsageError(f"holds no backbone with a layer {first}; give a checkpoint of PAUC, MoCo "
+                         f"or PCL, a backbone.pth, or weights of torchvision")
+    *_, prefix, names = max(places, key=lambda place: place[:2])
+    known = [prefix + name for name in names]
+    found = {ours: state[its] for ours, its in zip(wanted, known) if its in state}
     missing = [name for name in wanted if name not in found and "num_batches" not in name]
     wrong = [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
              for name, x in found.items() if x.shape != wanted[name].shape]
-    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in there.values()})
-    known = {prefix + name for name in there.values()}
-    more = [name for name in state if name.startswith(layers) and name not in known
+    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in names})
+    more = [name for name in state.keys() - known if name.startswith(layers)
             and name.endswith((".weight", ".bias"))]
     if missing or wrong or more:
         what = [f"{name} is missing" for name in missing] + wrong
-        what += [f"{name} is one too many" for name in more]
-        raise OtherNetwork(f"its weights are not those of this network ({what[0]})")
+        what += [f"{name} is one too many" for name in sorted(more)]
+        raise UsageError(f"its weights are not those of this network ({what[0]}); name the --arch "
+                         f"and --crop-size that it was trained with")
     if not all(x.isfinite().all() for x in found.values()):
         raise UsageError("its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)

@@ -20,20 +20,20 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageOps
 from torch.nn.parallel import DistributedDataParallel
 
 import builder
 import loader
 import pretrain
-from pretrain import UsageError, bar, natural_float, part, positive, say
+from pretrain import UsageError, bar, generator, natural_float, part, positive, say
 
 # The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
 IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08, flip=True, batch_size=256)
 SMALL = IMAGENET | dict(lr=0.03)
 DIGITS = dict(lr=0.3, epochs=30, schedule=[18, 24], min_scale=0.8, flip=False, batch_size=64)
-DEFAULTS = {"folder": IMAGENET, "cifar10": SMALL, "cifar100": SMALL, "fashionmnist": SMALL,
-            "digits": DIGITS}
+DEFAULTS = dict.fromkeys(loader.DATASETS, SMALL) | dict(folder=IMAGENET, digits=DIGITS)
+# SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
 FINETUNE = dict(epochs=20, schedule=[12, 16], lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
 FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
@@ -43,7 +43,7 @@ L2 = [10.0 ** -exponent for exponent in range(7)]
 SVM = dict(C=0.5, dual=True, max_iter=2000, random_state=0)
 KMEANS = dict(kmeans_iters=100, kmeans_restarts=1, kmeans_init="auto", temperature=1.0)
 STARTS = 5  # of k-means
-ROW, TILE, GAP = 8, 40, 4  # of a picture: neighbours in a row, and pixels
+ROW, TILE, GAP, FRAME = 8, 40, 4, 2  # of a picture: neighbours in a row, and pixels
 
 
 def parse_args(argv=None):
@@ -72,8 +72,8 @@ def parse_args(argv=None):
     add("--min-scale", type=part, help="least part of an image in a random crop (default: 0.08)")
     add("--output", type=Path, help="default: lincls/ beside the checkpoint, or the probe's")
     pretrain.add_common(add)
+    parser.set_defaults(wd=0.0)
     args = parser.parse_args(argv)
-    args.wd = args.wd or 0.0
     beside = args.pretrained.parent / "lincls" if args.pretrained else args.evaluate.parent
     args.output = args.output or beside
     args.knn = [20] if args.knn == [] else args.knn
@@ -91,30 +91,32 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    usual = DEFAULTS[args.dataset or ("folder" if args.dir else "digits")]["batch_size"]
-    batch_size = args.batch_size or usual  # only the BN of --finetune asks how it is shared out
-    pretrain.launch(main_worker, args, batch_size if args.finetune else None)
+    try:
+        adopt(args, pretrain.load(args.pretrained or args.evaluate))
+    except UsageError as error:
+        pretrain.fail(error)
+    batch_size = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
+    pretrain.launch(main_worker, args, batch_size if args.finetune else None)  # for its BN
 
 
 def main_worker(args):
-    source = pretrain.load(args.pretrained or args.evaluate)
-    adopt(args, source)
     if dist.get_rank() == 0:
         pretrain.make_folder(args.output)
     train, val = pretrain.open_data(args)
     check_labels(args, train, val)
-    net = load_net(args, source, train.num_classes, classes_of(train))
-    del source
+    net = load_net(args, train)
     subsets = label_subsets(args, train)
     if args.on_features:
-        evaluate_features(net, train, val, subsets, args)
+        check_protocols(args, train, val, subsets)
+        features = extract(builder.backbone_of(net), train, val, args)
+        if dist.get_rank() == 0:
+            evaluate_features(features, train, val, subsets, args)
+        dist.barrier()
     elif args.evaluate:
         report(args, "evaluate", validate(net, val, args))
     else:
         (_, rows), = subsets
-        labelled = subset(train, rows)
-        adopt_schedule(args, len(labelled) / len(train))
-        train_net(net, labelled, val, args)
+        train_net(net, train, torch.arange(len(train))[rows], val, args)
 
 
 # ------------------------------------------------------------------------------ what is evaluated
@@ -122,25 +124,20 @@ def main_worker(args):
 
 def adopt(args, source):
     """Take what no flag says from the checkpoint, else from the data set's defaults."""
-    source = source if isinstance(source, dict) else {}
-    then, arch = source.get("args"), source.get("arch")
-    ours = isinstance(then, dict) and isinstance(then.get("crop_size"), int)
-    if not ours or then.get("dataset") not in [*loader.DATASETS]:
-        then = {}  # MoCo's and PCL's say the arch alone
+    then = source["args"] if "digest" in source else {}  # MoCo's and PCL's say the arch alone
     its_dir = then.get("dir") if then.get("dataset") != "digits" else None
     same_dir = not args.dir or its_dir and Path(args.dir).resolve() == Path(its_dir).resolve()
     args.dataset = args.dataset or (then.get("dataset") if same_dir else "folder") or "digits"
-    if args.dataset == then.get("dataset"):
-        args.dir = args.dir or its_dir
-        if same_dir:
-            args.classes = args.classes or then.get("classes")
-            args.bits = min(args.bits, then.get("bits") or args.bits)
+    if same_dir and args.dataset == then.get("dataset"):
+        args.dir, args.classes = its_dir, args.classes or then["classes"]
+        args.bits = min(args.bits, then["bits"])
     args.dir = args.dir or "data"
     usual = pretrain.DEFAULTS[args.dataset]
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
-    args.arch = args.arch or (arch if isinstance(arch, str) else usual["arch"])
+    its_arch = source.get("arch")
+    args.arch = args.arch or (its_arch if isinstance(its_arch, str) else usual["arch"])
 
 
 def adopt_schedule(args, labelled):
@@ -155,10 +152,6 @@ def adopt_schedule(args, labelled):
 
 
 def check_labels(args, train, val):
-    say(f"data {args.dataset}, {len(train)} images in {train.num_classes} classes, "
-        f"{len(val or ())} to evaluate on")
-    for note in train.notes:
-        say(note)
     if train.num_classes == 1:
         raise UsageError(f"{args.dir}: has one class, and an evaluation needs two or more")
     if val is None or not train.num_classes:
@@ -171,28 +164,28 @@ def check_labels(args, train, val):
                          f"{names}")
 
 
-def load_net(args, source, num_classes, classes):
+def load_net(args, train):
     """The classifier in eval mode: the checkpoint's backbone, and a linear layer that is new or,
     with --evaluate, the saved probe's, if it is of these classes."""
     path = args.pretrained or args.evaluate
     torch.manual_seed(args.seed)
     backbone, width = builder.build_backbone(args.arch, args.small_images)
-    fc = nn.Linear(width, num_classes)
+    fc = nn.Linear(width, train.num_classes)
     nn.init.normal_(fc.weight, std=0.01)
     nn.init.zeros_(fc.bias)
-    net = builder.with_head(backbone, fc)
-    pretrain.load_backbone(net, source, path, args.arch, args.small_images)
+    net, source = builder.with_head(backbone, fc), pretrain.load(path)
+    prefix = pretrain.load_backbone(net, source, path, args.arch, args.small_images)
     if args.evaluate and not args.on_features:
-        state = {name.removeprefix("state_dict.").removeprefix("module."): x
-                 for name, x in builder.tensors(source).items()}
-        if "fc.weight" not in state or state["fc.weight"].shape != fc.weight.shape:
-            raise UsageError(f"--evaluate {path}: not a probe of {num_classes} classes, saved by "
-                             f"this script")
-        for ours, its in zip(classes, source.get("classes") or ()):
-            if loader.composed(ours) != loader.composed(its):
+        state = builder.tensors(source)
+        saved = {name: state.get(f"{prefix}fc.{name}") for name in ("weight", "bias")}
+        if saved["weight"] is None or saved["weight"].shape != fc.weight.shape:
+            raise UsageError(f"--evaluate {path}: not a probe of {train.num_classes} classes, "
+                             f"saved by this script")
+        for ours, its in zip(train.classes, source.get("classes") or ()):
+            if ours != its:
                 raise UsageError(loader.shown(f"--evaluate {path}: is a probe of other classes: "
                                               f"{its}, where there is {ours} here"))
-        fc.load_state_dict({name: state[f"fc.{name}"] for name in ("weight", "bias")})
+        fc.load_state_dict(saved)
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
 
@@ -200,7 +193,7 @@ def load_net(args, source, num_classes, classes):
 
 
 def label_subsets(args, train):
-    """The labelled images: a list of what chose them, for the log, and their rows or None for all.
+    """The labelled images: a list of what chose them, for the log, and their rows.
 
     Each class's are drawn in an order that depends on the seed alone: 1 % is a part of 10 %.
     """
@@ -208,26 +201,27 @@ def label_subsets(args, train):
     if path and path.exists():
         if args.label_fraction:
             say(f"--label-list {path}: exists and is read; --label-fraction has no use")
-        return [(dict(label_list=str(path)), read_label_list(path, names_of(train)))]
-    if path and not args.label_fraction:
-        raise UsageError(f"--label-list {path}: does not exist; --label-fraction makes it")
-    orders = [draw(train.labels, label, args.seed, "labels") for label in range(train.num_classes)]
-    subsets = []
-    for fraction in args.label_fraction or ():
+        return [(dict(label_list=str(path)), read_label_list(path, train.names))]
+    if not args.label_fraction:
+        if path:
+            raise UsageError(f"--label-list {path}: does not exist; --label-fraction makes it")
+        return [({}, slice(None))]
+    orders, subsets = draw(train.labels, args.seed, "labels"), []
+    for fraction in args.label_fraction:
         rows = [order[:max(1, round(fraction * len(order)))] for order in orders]
         subsets.append((dict(label_fraction=fraction), torch.cat(rows).sort().values))
     if path:
         dist.barrier()  # all have seen that it is not there
-        names = names_of(train)
+        names = train.names
         write(path, "w", "".join(f"{names[i]}\n" for i in subsets[0][1]))
-    return subsets or [({}, None)]
+    return subsets
 
 
-def draw(labels, label, *seed):
-    """The rows of a class, shuffled."""
-    rows = (labels == label).nonzero()[:, 0]
-    generator = torch.Generator().manual_seed(loader.seed_of(*seed, label))
-    return rows[torch.randperm(len(rows), generator=generator)]
+def draw(labels, *seed):
+    """The rows of each class, shuffled."""
+    classes = labels.argsort(stable=True).split(labels.bincount().tolist())
+    return [rows[torch.randperm(len(rows), generator=generator("cpu", *seed, label))]
+            for label, rows in enumerate(classes)]
 
 
 def read_label_list(path, names):
@@ -242,77 +236,49 @@ def read_label_list(path, names):
     return torch.tensor(rows)
 
 
-def names_of(data):
-    return getattr(data, "names", None) or [str(i) for i in range(len(data))]
-
-
-def classes_of(data):
-    """The names of the classes, if they have any."""
-    return getattr(data, "classes", None) or []
-
-
-def subset(data, rows):
-    """Some images of a data set, as a data set."""
-    if rows is None:
-        return data
-    some = torch.utils.data.Subset(data, rows.tolist())
-    some.labels, some.num_classes = data.labels[rows], data.num_classes
-    some.statistics, some.notes = data.statistics, data.notes
-    some.classes = classes_of(data)
-    some.digest = f"{loader.seed_of(data.digest, rows.tolist()):x}"
-    if hasattr(data, "images"):
-        some.images = data.images[rows.to(data.images.device)]
-    return some
-
-
 # ------------------------------------------------------------- linear probe, and the whole network
 
 
-def train_net(net, train, val, args):
+def train_net(net, train, labelled, val, args):
     """MoCo's linear probe (arXiv 1911.05722, section 4.1): a linear layer on the frozen backbone.
-
-    --finetune: the whole network, as SwAV on 1 % and 10 % of ImageNet (arXiv 2006.09882, its
-    eval_semisup.py): 20 epochs, rates times 0.2 at 12 and 16, no weight decay, 0.01 for the
-    backbone and 0.2 for the layer, or 0.02 and 5 with 1 %; small images take 0.01 and 0.03. BN is
-    in train mode, over each process's part of the batch (SwAV's over all of it).
-    """
-    pretrain.fit_batch(args, len(train), DEFAULTS[args.dataset]["batch_size"])
+    --finetune: the whole network, BN in train mode over each process's part of the batch (SwAV's
+    over all of it). labelled: the training images (n,) to use."""
+    adopt_schedule(args, len(labelled) / len(train))
+    pretrain.fit_batch(args, len(labelled), DEFAULTS[args.dataset]["batch_size"])
     pretrain.lock(args.output)
-    log_size, checkpoint = pretrain.open_output(args, train, FIXED)
+    images = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
+    log_size, checkpoint = pretrain.open_output(args, images, FIXED)
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
     groups = [dict(params=fc.parameters())]
     if args.finetune:
         groups.append(dict(params=backbone.parameters()))
     optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.finetune and args.amp == "fp16")
-    batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(),
+    batches = loader.Batches(labelled, args.batch_size, args.seed, dist.get_rank(),
                              dist.get_world_size())
     augment = loader.Augment("crop", args.crop_size, train.statistics, args.flip)
     views = loader.Views(train, batches, augment, args.device, 1, args.min_scale, args.workers)
-    frozen = {} if args.finetune else {name: x.clone() for name, x in backbone.state_dict().items()}
+    frozen = None if args.finetune else digest(backbone)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0, loss=math.nan)
     if checkpoint:
-        if moved(frozen, checkpoint["state_dict"]):
+        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
+        if frozen and digest(backbone) != frozen:
             raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
                              f"was begun on; give that one, or start another --output")
-        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
     del checkpoint
-    others = results_after(log_size, args)
     log = pretrain.Log(args, log_size, run)
-    for record in others if log.speaks else ():
-        log.write(record)
     trained_fc = DistributedDataParallel(fc)
     trained = DistributedDataParallel(backbone) if args.finetune else backbone
 
     def save_run():
         pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=train.digest, classes=classes_of(train))
+                                 digest=images, classes=train.classes)
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
         train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, save_run)
-        if moved(frozen, net.state_dict()):
-            raise RuntimeError(f"the frozen backbone moved: {moved(frozen, net.state_dict())[0]}")
+        if frozen and digest(backbone) != frozen:
+            raise RuntimeError("the frozen backbone moved")
         figures = validate(net, val, args)
         run.update(epoch=epoch + 1, step=0, best=max(run["best"], figures["top1"]))
         figures["best"] = run["best"]
@@ -350,83 +316,6 @@ def set_learning_rates(optimizer, run, args):
     return args.lr * left
 
 
-def moved(frozen, state):
-    """The tensors that are no longer as they were."""
-    return [name for name, x in frozen.items() if not torch.equal(x.cpu(), state[name].cpu())]
-
-
-@torch.inference_mode()
-def validate(net, val, args):
-    """Top-1 and top-5 in percent over the whole of `val`, each image once for any number of
-    processes. As in training, features may be in half precision, the linear layer is not."""
-    v, labels = pretrain.embed(builder.backbone_of(net), val, args)
-    hits = top_hits(builder.head_of(net)(v), labels)
-    dist.all_reduce(hits)
-    return dict(zip(("top1", "top5"), (100 * hits / len(val)).tolist()))
-
-
-def top_hits(logits, labels):
-    right = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).double()
-    return torch.stack([right[:, 0].sum(), right.sum()])
-
-
-# ----------------------------------------------------------------------------- on frozen features
-
-
-def evaluate_features(net, train, val, subsets, args):
-    """All protocols asked for, on one extraction; kNN by all processes, the rest by one."""
-    num_classes, first = train.num_classes, dist.get_rank() == 0
-    clusters = args.cluster or num_classes
-    if args.cluster is not None and clusters > len(val):
-        raise UsageError(f"--cluster {clusters}: more than val's {len(val)} images")
-    for _, rows in subsets:
-        labels = train.labels if rows is None else train.labels[rows]
-        if args.shots and max(args.shots) > labels.bincount(minlength=num_classes).min():
-            raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
-    features = extract(builder.backbone_of(net), train, val, args)
-    queries = features["val"], val.labels
-    if args.cluster is not None and first:
-        cluster(*queries, clusters, args)
-    for chosen, rows in subsets:
-        bank = features["train"], train.labels
-        if rows is not None:
-            bank = bank[0][rows], bank[1][rows]
-        chosen = dict(images=len(bank[1]), **chosen)
-        if args.knn:
-            knn(bank, queries, num_classes, chosen, args)
-        if args.shots and first:
-            low_shot(bank, queries, num_classes, chosen, args)
-        if args.logreg and first:
-            logreg(bank, queries, num_classes, chosen, args)
-    if args.neighbours and first:
-        draw_neighbours(features, train, val, args)
-    dist.barrier()
-
-
-def extract(backbone, train, val, args):
-    """The features of both sets, float32 on the CPU; --features keeps them with labels and names,
-    or has them. Every process has all of them: 10 GB for ImageNet and a ResNet-50."""
-    path = args.features
-    of = [digest(backbone), train.digest, val.digest, str(Path(args.dir).resolve()),
-          args.crop_size, args.bits, args.amp] if path else None
-    if path and path.exists():
-        features = pretrain.load(path)
-        if not isinstance(features, dict) or features.get("of") != of:
-            raise UsageError(f"--features {path}: is of another backbone, data or crop; name "
-                             f"another file")
-        return features
-    if path and dist.get_rank() == 0:
-        pretrain.make_folder(path.parent)
-    features = dict(of=of)
-    for split, data in (("train", train), ("val", val)):
-        v, _ = pretrain.embed(backbone, data, args)
-        features[split] = builder.gather(v)[:len(data)].cpu().clone()
-        features |= {f"{split}_labels": data.labels, f"{split}_names": names_of(data)}
-    if path and dist.get_rank() == 0:
-        pretrain.save(path, features)
-    return features
-
-
 def digest(backbone):
     """A short text that differs for other weights."""
     weights = hashlib.blake2b(digest_size=8)
@@ -435,37 +324,98 @@ def digest(backbone):
     return weights.hexdigest()
 
 
+@torch.inference_mode()
+def validate(net, val, args):
+    """Top-1 and top-5 in percent over the whole of `val`, each image once for any number of
+    processes. As in training, features may be in half precision, the linear layer is not."""
+    v, labels = pretrain.embed(builder.backbone_of(net), val, args)
+    logits = builder.head_of(net)(v)
+    return accuracies(*(builder.gather(x)[:len(val)] for x in (logits, labels)))
+
+
+def accuracies(logits, labels):
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    share = 100 * right.double().mean(0)
+    return dict(top1=share[0].item(), top5=share.sum().item())
+
+
+# ----------------------------------------------------------------------------- on frozen features
+
+
+def check_protocols(args, train, val, subsets):
+    if args.cluster is not None and (args.cluster or train.num_classes) > len(val):
+        raise UsageError(f"--cluster {args.cluster or train.num_classes}: more than val's "
+                         f"{len(val)} images")
+    for _, rows in subsets if args.shots else ():
+        if max(args.shots) > train.labels[rows].bincount(minlength=train.num_classes).min():
+            raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
+
+
+def evaluate_features(features, train, val, subsets, args):
+    """All protocols asked for, by one process."""
+    num_classes, queries = train.num_classes, (features["val"], val.labels)
+    if args.cluster is not None:
+        cluster(*queries, args.cluster or num_classes, args)
+    for chosen, rows in subsets:
+        bank = features["train"][rows], train.labels[rows]
+        chosen = dict(images=len(bank[1]), **chosen)
+        if args.knn:
+            knn(bank, queries, num_classes, chosen, args)
+        if args.shots:
+            low_shot(bank, queries, num_classes, chosen, args)
+        if args.logreg:
+            logreg(bank, queries, num_classes, chosen, args)
+    if args.neighbours:
+        draw_neighbours(features, train, val, args)
+
+
+def extract(backbone, train, val, args):
+    """The features of both sets, float32 on the CPU; --features keeps them with labels and names,
+    or has them: 10 GB for ImageNet and a ResNet-50, in every process."""
+    path = args.features
+    folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
+    of = [digest(backbone), train.digest, val.digest, folder, args.crop_size, args.bits, args.amp]
+    if path and path.exists():
+        features = pretrain.load(path)
+        if features.get("of") != of:
+            raise UsageError(f"--features {path}: is of another backbone, data, crop or --amp; "
+                             f"name another file")
+        return features
+    if path and dist.get_rank() == 0:
+        pretrain.make_folder(path.parent)
+    features = dict(of=of)
+    for split, data in (("train", train), ("val", val)):
+        v, _ = pretrain.embed(backbone, data, args)
+        features[split] = builder.gather(v)[:len(data)].cpu()
+        features |= {f"{split}_labels": data.labels, f"{split}_names": data.names}
+    if path and dist.get_rank() == 0:
+        pretrain.save(path, features)
+    return features
+
+
 def knn(bank, queries, num_classes, chosen, args):
     """The weighted k-nearest-neighbour classifier (arXiv 1805.01978), by cosine."""
-    own = [(own_rows(x, 0, args), own_rows(y, -1, args)) for x, y in (bank, queries)]
-    found = pretrain.neighbours(*own, len(queries[0]), num_classes, args.knn,
-                                args.knn_temperature)
-    for k, top1 in found.items():
+    (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).to(args.device), y.to(args.device))
+                              for x, y in (bank, queries))
+    near = pretrain.nearest(x, y, x_val, max(args.knn))
+    for k in args.knn:
+        top1 = pretrain.vote(*near, y_val, num_classes, k, args.knn_temperature)
         report(args, "knn", dict(knn=top1), k=k, temperature=args.knn_temperature, **chosen)
-
-
-def own_rows(x, fill, args):
-    """This process's rows on its device, as `embed` gives them."""
-    own = loader.shard(len(x), dist.get_rank(), dist.get_world_size())
-    size = math.ceil(len(x) / dist.get_world_size()), *x.shape[1:]
-    rows = torch.full(size, fill, dtype=x.dtype, device=args.device)
-    rows[:len(own)] = x[own.start:own.stop]
-    return rows
 
 
 def low_shot(bank, queries, num_classes, chosen, args):
     """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM for each
     class on normalised features, C = 0.5, a class's own images weighing twice, over several draws
-    of N images a class. PCL reports VOC's mAP; with one class an image it is top-1."""
+    of N images a class. PCL reports VOC's mAP; with one class an image it is top-1. Of two classes
+    there is one SVM, and no weights."""
     from sklearn.svm import LinearSVC
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
-    weights = dict.fromkeys(range(num_classes), 2)
+    weights = dict.fromkeys(range(num_classes), 2) if num_classes > 2 else None
     for shots in args.shots:
         top1 = []
         for run in bar(f"{shots} shots", 0, args.runs, range(args.runs), after=10):
-            rows = [draw(y, label, args.seed, "shots", run)[:shots] for label in weights]
-            svm = LinearSVC(**SVM, class_weight=weights)
-            svm.fit(x[torch.cat(rows)], y[torch.cat(rows)])
+            rows = torch.cat([order[:shots] for order in draw(y, args.seed, "shots", run)])
+            svm = LinearSVC(**SVM, class_weight=weights).fit(x[rows], y[rows])
             top1.append(100 * svm.score(x_val, y_val))
         std, mean = torch.std_mean(torch.tensor(top1), correction=0)
         report(args, "shots", dict(top1=mean.item(), std=std.item()), shots=shots, runs=args.runs,
@@ -478,10 +428,8 @@ def logreg(bank, queries, num_classes, chosen, args):
     mean, std = bank[0].mean(0), bank[0].std(0, correction=0).clamp(min=1e-6)
     (x, y), (x_val, y_val) = ((((x - mean) / std).to(args.device), y.to(args.device))
                               for x, y in (bank, queries))
-    generator = torch.Generator().manual_seed(loader.seed_of(args.seed, "held out"))
-    order = torch.randperm(len(x), generator=generator).to(args.device)
-    tenth = math.ceil(len(x) / 10)
-    held, rest = order[:tenth], order[tenth:]
+    order = torch.randperm(len(x), generator=generator("cpu", args.seed, "held out"))
+    held, rest = order.to(args.device).tensor_split([math.ceil(len(x) / 10)])
     least, best = math.inf, None
     for l2 in bar("logistic regression", 0, len(L2), L2, after=10):
         fc = fit_logreg(x[rest], y[rest], num_classes, l2)
@@ -490,8 +438,7 @@ def logreg(bank, queries, num_classes, chosen, args):
             break
         least, best = loss, l2
     fc = fit_logreg(x, y, num_classes, best)
-    hits = 100 * top_hits(fc(x_val), y_val) / len(x_val)
-    report(args, "logreg", dict(zip(("top1", "top5"), hits.tolist())), l2=best, **chosen)
+    report(args, "logreg", accuracies(fc(x_val), y_val), l2=best, **chosen)
 
 
 def fit_logreg(x, y, num_classes, l2):
@@ -539,11 +486,11 @@ def draw_neighbours(features, train, val, args):
     """A picture: some of val's images, each with its nearest training images; below, prototypes of
     val, each with its nearest members. Green: of the right class, or the prototype's main one."""
     bank, v = (F.normalize(features[split], dim=1) for split in ("train", "val"))
-    generator = torch.Generator().manual_seed(args.seed)
-    picture = []
-    for i in torch.randperm(len(v), generator=generator)[:args.neighbours].tolist():
+    picture, order = [], torch.randperm(len(v), generator=generator("cpu", args.seed))
+    for i in order[:args.neighbours].tolist():
         near = (bank @ v[i]).topk(min(ROW, len(bank))).indices.tolist()
-        picture.append([tile(val, i, None), *(tile(train, j, val.labels[i]) for j in near)])
+        picture.append([tile(val, i), *(tile(train, j, val.labels[i]) for j in near)])
+    picture.append([])
     assignments, prototypes, _ = kmeans(v, args.cluster or min(len(v), val.num_classes), args)
     for j in assignments.unique()[:args.neighbours].tolist():
         members = (assignments == j).nonzero()[:, 0].cpu()
@@ -551,26 +498,23 @@ def draw_neighbours(features, train, val, args):
         main = val.labels[members].mode().values
         picture.append([tile(val, i, main) for i in members[order[:ROW + 1]].tolist()])
     step = TILE + GAP
-    height = len(picture) * step + step // 2 + GAP
-    sheet = Image.new("RGB", ((ROW + 1) * step + GAP, height), "white")
+    sheet = Image.new("RGB", ((ROW + 1) * step + GAP, len(picture) * step + GAP), "white")
     for row, tiles in enumerate(picture):
-        top = GAP + row * step + (step // 2 if row >= min(args.neighbours, len(v)) else 0)
         for column, image in enumerate(tiles):
-            sheet.paste(image, (GAP + column * step, top))
+            sheet.paste(image, (GAP + column * step, GAP + row * step))
     sheet.save(args.output / "neighbours.png")
     say(f"neighbours {args.output / 'neighbours.png'}")
 
 
-def tile(data, i, label):
+def tile(data, i, label=None):
     """An image as a square, framed where it is to be of a class."""
     x = data.images[i].expand(3, -1, -1).cpu() if hasattr(data, "images") else data[i][0]
     image = Image.fromarray(x.permute(1, 2, 0).numpy())
-    method = Image.Resampling.NEAREST if min(image.size) < TILE else Image.Resampling.LANCZOS
-    image = ImageOps.fit(image, (TILE, TILE), method)
-    if label is not None:
-        colour = "lime" if data.labels[i] == label else "red"
-        ImageDraw.Draw(image).rectangle((0, 0, TILE - 1, TILE - 1), outline=colour, width=2)
-    return image
+    image = ImageOps.fit(image, (TILE, TILE), Image.Resampling.BOX)  # small pixels stay squares
+    if label is None:
+        return image
+    colour = "lime" if data.labels[i] == label else "red"
+    return ImageOps.expand(ImageOps.crop(image, FRAME), FRAME, colour)
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -584,14 +528,6 @@ def report(args, protocol, figures, **parameters):
     say(f"{title}{shown}" + (f"  ({told})" if told else ""))
     record = dict(protocol=protocol, **figures, **parameters)
     write(args.output / "log.jsonl", "a", json.dumps(record) + "\n")
-
-
-def results_after(size, args):
-    """What other protocols have written into the part of the log that a probe is about to cut."""
-    path = args.output / "log.jsonl"
-    lines = path.read_bytes()[size:].splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines
-            if line.startswith(b'{"protocol"') and line.endswith(b"}")]
 
 
 def write(path, mode, text):

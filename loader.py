@@ -11,14 +11,15 @@ of workers and processes, and can go on at any step without replaying what came 
 A data set is any object with
     __len__, labels      n, and (n,) long on the CPU, -1 where there is none
     num_classes          0 if there are no labels
+    classes              their names, or an empty list
     statistics           mean and standard deviation of the three channels, in [0, 1]
     digest               a short text that differs for other images
     notes                lines that a person should read: what was left out, what was taken for what
     images               (n, c, H, W) uint8 on the device; or else, if it is not in memory,
     __getitem__          i -> (3, H, W) uint8, label
-and one of files has `names`, their n paths, and `classes`, the names of its classes. A new one is a
-function (root, device) -> train, val or None in DATASETS, with its default flags in the two
-scripts' DEFAULTS.
+    names                n texts, for lists of labelled images and features that are kept
+A new one is a function (root, device) -> train, val or None in DATASETS, with its default flags in
+the two scripts' DEFAULTS.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
@@ -100,7 +101,9 @@ def load(dataset, root, classes=None, bits=16, device="cpu"):
     classes, a file of class folders to keep, one a line; bits, how many of them 16-bit files use.
     """
     if dataset == "folder":
-        train, val = (data and _in_memory(data, device) for data in _folder(root, classes, bits))
+        train, val = _folder(root, classes, bits)
+        for data in filter(None, (train, val)):
+            _hold(data, device)
     elif classes:
         raise UsageError("--classes: only an image folder has class folders to choose from")
     elif bits != 16:
@@ -119,17 +122,23 @@ class Arrays:
         images, self.notes = np.array(images, order="C"), []
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.long)
         self.num_classes = int(self.labels.max()) + 1
+        self.names, self.classes = [*map(str, range(len(images)))], []
         digest = hashlib.blake2b(images, digest_size=8)
         digest.update(self.labels.numpy())
         self.digest = digest.hexdigest()
         images = torch.from_numpy(images).to(device)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
-        part = self.images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
-        mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
-        self.statistics = mean.expand(3).tolist(), std.expand(3).tolist()
+        self.statistics = _statistics(self.images)
 
     def __len__(self):
         return len(self.images)
+
+
+def _statistics(images):
+    """Those of images (n, c, H, W) uint8, of some that are evenly spread."""
+    part = images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
+    mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
+    return mean.expand(3).tolist(), std.expand(3).tolist()
 
 
 def _digits(_, device):
@@ -180,12 +189,12 @@ def _torchvision(name, root, device):
 
 def _folder(root, classes, bits):
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels."""
-    root, notes, others = Path(root), [], Counter()
+    root, notes, held = Path(root), [], None
     if not os.path.isdir(root):
         raise FileError(shown(f"{root}: no such folder, or one that may not be seen; give one that "
                               f"holds train/CLASS/*.jpg, or any tree of images"))
-    train, val = _splits(root, notes)
-    images = _by_folder(train, others)
+    train, val = _splits(root, classes, notes)
+    images, others = _by_folder(train)
     known, loose = sorted(images.keys() - {""}), len(images[""])
     folders = _chosen(classes, train, known) if classes else known
     labelled = bool(classes) or train != root and 2 * loose <= sum(map(len, images.values()))
@@ -194,8 +203,8 @@ def _folder(root, classes, bits):
         where = f"in the class folders of {train}" if labelled else "at any depth"
         kinds = " ".join(sorted(_extensions()))
         raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
-    empty = labelled and sorted({*_visible(next(os.walk(train))[1])} - images.keys())
-    if empty:
+    empty = sorted({*map(_composed, _visible(next(os.walk(train))[1]))} - images.keys())
+    if empty and labelled:
         notes.append(f"{train}: no images of their own in {len(empty)} folders: "
                      f"{', '.join(empty[:5])}")
     if loose and labelled:
@@ -204,7 +213,10 @@ def _folder(root, classes, bits):
         notes.append(f"{train}: most images lie beside its folders; all are taken, without labels")
     if val and not labelled:
         notes.append(f"{val}: not used, as the training images have no labels")
-    held = _validation(root, val, known, folders, bits, notes, others) if val and labelled else None
+    elif val:
+        val_images, val_others = _by_folder(val)
+        held = _validation(root, val, val_images, known, folders, bits, notes)
+        others += val_others
     if others:
         kinds = others.most_common(MOST_KINDS)
         kinds = [f"{number} {kind or 'without extension'}" for kind, number in kinds]
@@ -214,12 +226,9 @@ def _folder(root, classes, bits):
     return data, held
 
 
-def _validation(root, folder, known, wanted, bits, notes, others):
+def _validation(root, folder, images, known, wanted, bits, notes):
     """The images of val in the class folders `wanted` of those `known` from train; None if there
     are none."""
-    spelt, images = _spelling(known), {}
-    for name, paths in _by_folder(folder, others).items():
-        images.setdefault(spelt(name), []).extend(paths)
     there, loose = images.keys() - {""}, len(images[""])
     unknown, absent = sorted(there - {*known}), sorted({*wanted} - there)
     if not there:
@@ -238,14 +247,22 @@ def _validation(root, folder, known, wanted, bits, notes, others):
     return data if len(data) else None
 
 
-def _by_folder(folder, others):
+def _by_folder(folder):
     """The images below a folder, relative paths, by the first folder of each, "" where it has none;
-    what else there is, is counted in `others`."""
-    found = {"": []}
-    for path in _walk(folder, others):
+    and how many other files there are of each extension."""
+    images, others = {"": []}, Counter()
+    for path in _walk(folder):
         top, _, below = path.partition(os.sep)
-        found.setdefault(top if below else "", []).append(path)
-    return found
+        if _is_image(path):
+            images.setdefault(_composed(top) if below else "", []).append(path)
+        else:
+            others[os.path.splitext(path)[1].lower()] += 1
+    return images, others
+
+
+def _composed(name):
+    """A name as Unix usually writes its accents; macOS keeps them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _files(root, folder, images, classes, bits):
@@ -258,33 +275,25 @@ def _files(root, folder, images, classes, bits):
     below = "" if folder == root else folder.name
     names = [os.path.join(below, path) for path, _ in samples]
     data = Files(root, names, [label for _, label in samples], len(classes or ()), bits)
-    data.classes = classes
+    data.classes = classes or []
     return data
 
 
-def _in_memory(files, device):
-    """Arrays of the images of `files`, if all have one small size; else the files as they are."""
-    try:
-        with Image.open(files.path(0)) as image:
-            width, height = image.size
-    except Exception:  # a broken file, which is named when it is read
-        return files
-    shape = len(files), height, width, 3
-    if max(width, height) > SMALL_CROP or math.prod(shape) > MEMORY:
-        return files
-    images = np.empty(shape, np.uint8)
+def _hold(files, device):
+    """Hold the images of `files` in the device's memory, if all have one small size."""
+    shape = files[0][0].shape
+    if max(shape) > SMALL_CROP or len(files) * shape.numel() > MEMORY:
+        return
+    images = torch.empty(len(files), *shape, dtype=torch.uint8)
     for i in tqdm(range(len(files)), "reading", delay=10, disable=None, leave=False):
         image, _ = files[i]
-        if image.shape[1:] != (height, width):
-            return files
-        images[i] = image.permute(1, 2, 0)
-    data = Arrays(images, files.labels.numpy(), device)
-    for name in ("names", "classes", "num_classes", "digest", "notes", "unknown_classes"):
-        setattr(data, name, getattr(files, name))
-    return data
+        if image.shape != shape:
+            return
+        images[i] = image
+    files.images, files.statistics = images.to(device), _statistics(images)
 
 
-def _splits(root, notes):
+def _splits(root, classes, notes):
     """The folders of the training and validation images (None: there is none), by usual names."""
     _, folders, files = next(os.walk(root, onerror=_unreadable))
     folders, files = sorted(_visible(folders)), _visible(files)
@@ -294,15 +303,17 @@ def _splits(root, notes):
     train, val = (next((names[name] for name in usual if name in names), None)
                   for usual in (TRAIN_NAMES, VAL_NAMES))
     rest = sorted(set(folders) - {train, val})
+    without_labels = "" if classes else ", without labels"
     if train and not val:
-        full = [name for name in rest if next(_walk(root / name), None)]
+        full = [name for name in rest if any(map(_is_image, _walk(root / name)))]
         if full:
             notes.append(f"{root}: {train} is taken for one of the folders of images "
-                         f"({', '.join(full[:5])}), as there is no val: all are without labels")
+                         f"({', '.join(full[:5])}), as there is no val{without_labels}")
             train = None
     elif not train:
-        notes.append(f"{root}: there is no folder train: all images at any depth are taken"
-                     + (f", those of {val} too" if val else "") + ", without labels")
+        too = f", those of {val} too" if val else ""
+        notes.append(f"{root}: there is no folder train: all images at any depth are taken{too}"
+                     f"{without_labels}")
     if not train:
         return root, None
     loose = sum(map(_is_image, files))
@@ -328,8 +339,7 @@ def read_lines(flag, path):
 
 def _chosen(path, train, known):
     """The class folders that a file names, one a line."""
-    spelt = _spelling(known)
-    keep = sorted({spelt(line.rstrip("/\\")) for line in read_lines("--classes", path)})
+    keep = sorted({_composed(line.rstrip("/\\")) for line in read_lines("--classes", path)})
     missing = [name for name in keep if name not in known]
     if not keep:
         raise UsageError(shown(f"--classes {path}: is empty"))
@@ -338,20 +348,9 @@ def _chosen(path, train, known):
     return keep
 
 
-def composed(name):
-    """A name as Unix usually writes its accents; macOS keeps them as characters of their own."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _spelling(known):
-    """A function that gives a name as it is among those known, however its accents are written."""
-    same = {composed(name): name for name in known} | {name: name for name in known}
-    return lambda name: same.get(name, same.get(composed(name), name))
-
-
-def _walk(folder, others=None):
-    """The images below a folder, by relative path; counts in `others` the other files' extensions.
-    Names that begin with a dot, and those of SYSTEM, are not there.
+def _walk(folder):
+    """The files below a folder, by relative path. Names that begin with a dot, and those of SYSTEM,
+    are not there.
 
     Each folder is entered once, and by its own path rather than a link if it has one below here.
     """
@@ -367,11 +366,8 @@ def _walk(folder, others=None):
             folders[:] = sorted(_visible(folders))
             starts += filter(os.path.islink, [os.path.join(path, name) for name in folders])
             for name in _visible(files):
-                if _is_image(name):
-                    yield name if below == os.curdir else os.path.join(below, name)
-                elif others is not None:
-                    _follow(os.path.join(path, name))
-                    others[os.path.splitext(name)[1].lower()] += 1
+                _follow(os.path.join(path, name))
+                yield name if below == os.curdir else os.path.join(below, name)
 
 
 def _follow(path):
@@ -418,7 +414,7 @@ class Files(Dataset):
         self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
         self.labels, self.num_classes = torch.tensor(labels, dtype=torch.long), num_classes
         self.bits, self.statistics, self.notes = bits, IMAGENET_STATISTICS, []
-        self.classes = None  # their names, if there are labels
+        self.classes = []
         self.unknown_classes = []  # folders of val that are none of train's
         self.digest = hashlib.blake2b(self.paths.tobytes(), digest_size=8).hexdigest()
 
@@ -478,7 +474,7 @@ def to_rgb(image, bits=16):
         raise UsageError(SIGNED_OR_LONG)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(image, bits))
-    elif image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")
@@ -544,7 +540,7 @@ def main(argv=None):
     if not os.path.isdir(args.dir):
         parser.exit(FileError.status, shown(f"{args.dir}: no such folder") + "\n")
     try:
-        paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir))
+        paths = sorted(os.path.join(args.dir, name) for name in _walk(args.dir) if _is_image(name))
     except FileError as error:
         parser.exit(error.status, f"{error}\n")
     broken = 0
@@ -575,15 +571,16 @@ DATASETS = {"folder": _folder, "digits": _digits, "cifar10": partial(_torchvisio
 
 class Batches:
     """The batches of a shuffled epoch, the same for any number of processes; an incomplete last one
-    is dropped. rows: those of this process in each."""
+    is dropped. images: the indices (n,) of those that are trained on. rows: this process's of a
+    batch."""
 
-    def __init__(self, total, batch_size, seed, rank=0, world_size=1):
-        self.total, self.batch_size, self.seed = total, batch_size, seed
+    def __init__(self, images, batch_size, seed, rank=0, world_size=1):
+        self.images, self.batch_size, self.seed = images, batch_size, seed
         self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._from = 0, 0  # the epoch and step from which a DataLoader takes them: Views sets it
 
     def __len__(self):
-        return self.total // self.batch_size
+        return len(self.images) // self.batch_size
 
     def __iter__(self):
         epoch, start = self._from
@@ -593,7 +590,7 @@ class Batches:
     def whole(self, epoch, start=0):
         """Each step of the epoch from `start` on, with the indices (N,) of its global batch."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = torch.randperm(self.total, generator=generator)
+        order = self.images[torch.randperm(len(self.images), generator=generator)]
         for step in range(start, len(self)):
             yield step, order[step * self.batch_size:(step + 1) * self.batch_size]
 
@@ -646,7 +643,7 @@ class Views:
 
 def complete(data):
     """The data set; a TypeError says what of the protocol (above) it lacks."""
-    need = ["__len__", "labels", "num_classes", "statistics", "digest", "notes"]
+    need = ["__len__", "labels", "num_classes", "classes", "statistics", "digest", "notes"]
     missing = [name for name in need if not hasattr(data, name)]
     if not hasattr(data, "images") and not hasattr(data, "__getitem__"):
         missing.append("images or __getitem__")

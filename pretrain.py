@@ -58,6 +58,7 @@ QUEUE_SHARE = 4  # the default queue is at most such a part of the images
 IMAGES_PER_PROCESS = 32  # of a batch, at least, where the number of processes is not asked for
 EVALUATION_BATCH, EVALUATION_BATCH_OF_FILES = 512, 64  # files wait in shared memory
 SPREAD_UP_TO = 4096  # prototypes; the cost of centroids far apart grows with their square
+NEIGHBOURS = 20  # of the kNN monitor
 DROP = 0.1  # of the learning rate at each epoch of --schedule
 DAY = timedelta(days=1)
 
@@ -195,7 +196,7 @@ def main_worker(args):
     lock(args.output)
     train, val = open_data(args)
     fit(args, len(train))
-    log_size, checkpoint = open_output(args, train)
+    log_size, checkpoint = open_output(args, train.digest)
     torch.manual_seed(args.seed)
     small_images = args.crop_size < loader.SMALL_CROP
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp, small_images,
@@ -210,7 +211,7 @@ def main_worker(args):
                                 weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     augment = loader.Augment(args.aug, args.crop_size, train.statistics, args.flip)
-    batches = loader.Batches(len(train), args.batch_size, args.seed, dist.get_rank(),
+    batches = loader.Batches(torch.arange(len(train)), args.batch_size, args.seed, dist.get_rank(),
                              dist.get_world_size())
     views = loader.Views(train, batches, augment, args.device, 2, args.min_scale, args.workers)
 
@@ -223,7 +224,7 @@ def main_worker(args):
     resumed = bool(checkpoint)
     del checkpoint  # of a ResNet-50, half a gigabyte in every process
     log = Log(args, log_size, run)
-    say(summary(args, train, val))
+    say(summary(args, len(train)))
     monitored = val is not None and args.knn_every > 0
 
     def save_run(name="checkpoint.pth"):
@@ -363,38 +364,36 @@ def embed(encoder, data, args):
 
 @torch.inference_mode()
 def knn(backbone, train, val, args):
-    """The kNN monitor: top-1 in percent on val of the backbone's features."""
-    bank, queries = embed(backbone, train, args), embed(backbone, val, args)
-    return neighbours(bank, queries, len(val), train.num_classes)[20]
+    """The kNN monitor: top-1 in percent on val of the backbone's features. Each process searches
+    its own shard of the training images."""
+    bank, bank_labels = embed(backbone, train, args)
+    queries, labels = (builder.gather(x)[:len(val)] for x in embed(backbone, val, args))
+    bank = F.normalize(bank, dim=1, out=bank)  # ImageNet's takes 10 GB
+    near = nearest(bank, bank_labels, F.normalize(queries, dim=1), NEIGHBOURS)
+    near = [torch.cat(builder.gather(x).chunk(dist.get_world_size()), dim=1) for x in near]
+    return vote(*near, labels, train.num_classes, NEIGHBOURS)
 
 
-def neighbours(bank, queries, num_queries, num_classes, ks=(20,), temperature=0.07):
-    """The weighted k-nearest-neighbour classifier (arXiv 1805.01978): {k: top-1 in percent}.
-
-    bank, queries: this process's shards of features (s, d) and labels (s,), as `embed` gives them;
-    they are normalised in place. Neighbours are the bank's images by cosine, with votes
-    proportional to exp(cosine / temperature). Each process searches its own shard.
-    """
-    bank, bank_labels = F.normalize(bank[0], dim=1, out=bank[0]), bank[1]  # ImageNet's takes 10 GB
-    queries, labels = (builder.gather(x)[:num_queries] for x in queries)
-    queries, most = F.normalize(queries, dim=1), min(max(ks), len(bank))
-    near, near_labels = [], []
+def nearest(bank, bank_labels, queries, k):
+    """The k nearest rows of bank (n, d) to each of queries (m, d), all unit rows, but for those
+    with a label under 0: cosines and labels, both (m, k) or, of a smaller bank, (m, n)."""
+    found = []
     for rows in queries.split(256):
         cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
-        cosine, index = cosine.topk(most, dim=1)
-        near.append(cosine)
-        near_labels.append(bank_labels[index])
-    world_size = dist.get_world_size()
-    near, near_labels = (torch.cat(builder.gather(torch.cat(x)).chunk(world_size), dim=1)
-                         for x in (near, near_labels))  # of all processes' shards
-    found = {}
-    for k in ks:
-        cosine, index = near.topk(min(k, near.shape[1]), dim=1)
-        votes = torch.zeros(num_queries, num_classes, device=cosine.device)
-        weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest has 1
-        votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0), weights)
-        found[k] = 100 * (votes.argmax(1) == labels).double().mean().item()
-    return found
+        cosine, index = cosine.topk(min(k, len(bank)), dim=1)
+        found.append((cosine, bank_labels[index]))
+    return [torch.cat(x) for x in zip(*found)]
+
+
+def vote(near, near_labels, labels, num_classes, k, temperature=0.07):
+    """The weighted k-nearest-neighbour classifier (arXiv 1805.01978), whose votes are proportional
+    to exp(cosine / temperature): top-1 in percent. near, near_labels: as `nearest` gives them for
+    as many neighbours or more; labels: (m,), the queries' own."""
+    cosine, index = near.topk(min(k, near.shape[1]), dim=1)
+    weights = ((cosine - cosine[:, :1]) / temperature).exp()  # the nearest has 1
+    votes = torch.zeros(len(labels), num_classes, device=near.device)
+    votes.scatter_add_(1, near_labels.gather(1, index).clamp(min=0), weights)
+    return 100 * (votes.argmax(1) == labels).double().mean().item()
 
 
 # ----------------------------------------------------------------------------------------- M-step
@@ -410,7 +409,9 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, save_run):
             step, n = run["step"], len(im_q)
             if not epoch and not step:
                 log.pairs(im_q, im_k, views.augment)
-            rate = set_learning_rate(optimizer, run, args)
+            rate = learning_rate(epoch + step / run["steps"], args)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
             shuffle = generator("cpu", args.seed, epoch, step, "shuffle")
             permutation = torch.randperm(args.batch_size, generator=shuffle)
             with autocast(args):
@@ -480,13 +481,6 @@ def autocast(args):
     return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
 
 
-def set_learning_rate(optimizer, run, args):
-    rate = learning_rate(run["epoch"] + run["step"] / run["steps"], args)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    return rate
-
-
 def learning_rate(epoch, args):
     """At a fractional epoch: a half cosine to 0, or a tenth at each epoch of --schedule."""
     if args.schedule:
@@ -507,12 +501,13 @@ def read_report(loss, figures, run, args):
     finite raises Diverged. Call it before the backward, which then runs while the next batch is
     prepared.
     """
-    values = torch.stack([loss.detach().float(), *(x.float() for x in figures.values())])
-    values = torch.cat([values, values.new_full((1,), float(stop.caught))])
-    dist.all_reduce(values)
-    *means, caught = (values / dist.get_world_size()).tolist()
-    if caught:
-        stop.agree(args.device)
+    values = [loss.detach().float(), *(x.float() for x in figures.values())]
+    values.append(values[0].new_full((), stop.caught))
+    rows = builder.gather(torch.stack(values)[None]).tolist()  # one of each process
+    *means, _ = (sum(column) / len(rows) for column in zip(*rows))
+    caught = max(int(row[-1]) for row in rows)
+    if caught:  # by one process or more, and now by all
+        stop.caught = stop.agreed = caught
     report = dict(zip(("loss", *figures), means))
     if not math.isfinite(report["loss"]):
         where = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
@@ -546,7 +541,12 @@ def open_data(args):
     data = loader.load(args.dataset, args.dir, args.classes, args.bits, args.device)
     if args.local_rank == 0:
         dist.barrier()
-    return data
+    train, val = data
+    classes = f" in {train.num_classes} classes" if train.num_classes else ""
+    say(f"data    {args.dataset}, {len(train)} images{classes}, {len(val or ())} to evaluate on")
+    for note in train.notes:
+        say(f"        {note}")
+    return train, val
 
 
 def fit(args, num_images):
@@ -596,16 +596,15 @@ def bn_groups(args):
 
 
 def load_backbone(encoder, checkpoint, path, arch, small_images):
-    """Load an encoder's weights but for its head from what is in the file `path`."""
+    """Load an encoder's weights but for its head from what is in the file `path`. Returns what
+    stands before their names there."""
     stem = "small-image stem" if small_images else "stem for large images"
     try:
         prefix = builder.load_backbone(encoder, checkpoint)
-    except builder.OtherNetwork as error:
-        raise UsageError(f"{path}: {error}, --arch {arch} with the {stem}; name the --arch and "
-                         f"--crop-size that it was trained with") from None
     except builder.UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
+        raise UsageError(f"{path}: {error} (here --arch {arch} with the {stem})") from None
     say(f"backbone from {path}" + (f", {prefix}*" if prefix else "") + f", {stem}")
+    return prefix
 
 
 # A resumed run must be the same model on the same data, in the same batches.
@@ -615,9 +614,9 @@ FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", 
         "kmeans_threads")
 
 
-def open_output(args, train, fixed=FIXED):
-    """Read the checkpoint to go on from. Returns the log's size then, and the checkpoint; of a
-    fresh start 0 and None."""
+def open_output(args, digest, fixed=FIXED):
+    """Read the checkpoint to go on from, of images with this digest. Returns the log's size then,
+    and the checkpoint; of a fresh start 0 and None."""
     own = args.output / "checkpoint.pth"
     in_use = own.exists() or own.with_suffix(".prev.pth").exists()
     path = own if args.resume in (None, "auto") else Path(args.resume)
@@ -626,8 +625,7 @@ def open_output(args, train, fixed=FIXED):
                          f"--resume auto, or give another --output")
     wanted = args.resume and (in_use or args.resume != "auto")
     checkpoint = load_or_previous(path, own) if wanted else None
-    needed = {"state_dict", "optimizer", "args", "digest", "log_size", "epoch", "step"}
-    ours = isinstance(checkpoint, dict) and needed <= checkpoint.keys()
+    ours = bool(checkpoint) and "digest" in checkpoint
     position = [checkpoint["epoch"], checkpoint["step"]] if ours else [-1, -1]
     positions = builder.gather(torch.tensor([position], device=args.device))
     if len(positions.unique(dim=0)) > 1:
@@ -637,11 +635,11 @@ def open_output(args, train, fixed=FIXED):
         return 0, None
     if not ours:
         raise UsageError(f"--resume {path}: not a checkpoint of this script")
-    check_resume(args, checkpoint, train, fixed, path)
+    check_resume(args, checkpoint, digest, fixed, path)
     return (checkpoint["log_size"] if in_use else 0), checkpoint
 
 
-def check_resume(args, checkpoint, train, fixed, path):
+def check_resume(args, checkpoint, digest, fixed, path):
     """Refuse to go on with another model or other data, and say what else has changed."""
     now, then = plain(args), checkpoint["args"]
     if not {*fixed} <= then.keys():
@@ -652,9 +650,9 @@ def check_resume(args, checkpoint, train, fixed, path):
     if broken:
         raise UsageError(f"--resume {path}: was made with {', '.join(broken)}; resume it with the "
                          f"same")
-    if checkpoint["digest"] != train.digest:
-        raise UsageError(f"--resume {path}: was made on other images than these {len(train)}; give "
-                         f"it those, or start another --output")
+    if checkpoint["digest"] != digest:
+        raise UsageError(f"--resume {path}: was made on other images; give it those, or start "
+                         f"another --output")
     told = [changed[name] for name in changed if name not in FREE]
     if told:
         say(f"resumed with other flags than {', '.join(told)}")
@@ -681,19 +679,14 @@ def plain(args):
             for name, value in vars(args).items()}
 
 
-def summary(args, train, val):
-    """What a run starts with: what was understood of the data, the model, and where it runs."""
-    data = f"{args.dataset}, {len(train)} images"
-    if train.num_classes:
-        data += f" in {train.num_classes} classes"
-    data += f", {len(val)} for the kNN monitor" if val is not None else ", no kNN monitor"
+def summary(args, num_images):
+    """What a run starts with, after its data: the model, the training, and where it runs."""
     clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
     return "\n".join((
-        f"data    {data}", *(f"        {note}" for note in train.notes),
         f"model   {args.arch} at {args.crop_size} px, queue {args.queue_size}, prototypes "
         f"{clusters}",
         f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of "
-        f"{len(train) // args.batch_size} steps of {args.batch_size} images, seed {args.seed}",
+        f"{num_images // args.batch_size} steps of {args.batch_size} images, seed {args.seed}",
         f"on      {dist.get_world_size()} x {args.device.type}, amp {args.amp}, {args.workers} "
         f"workers each, to {args.output}"))
 
@@ -805,8 +798,10 @@ def join_torchrun(worker, args, cuda):
     store.set_timeout(DAY)  # while one process lists or fetches a data set
     if unused and rank == 0:
         print(f"torchrun says how many processes meet and where, not {' '.join(unused)}")
-    restart = os.environ["TORCHELASTIC_RESTART_COUNT"]
-    store = dist.PrefixStore(f"start {restart}", store)  # it outlives a restart
+    one_node = world_size == nproc
+    start = (os.environ["TORCHELASTIC_RESTART_COUNT"] if one_node  # that of several nodes differs
+             else store.add(f"starts of {rank}", 1))
+    store = dist.PrefixStore(f"start {start}", store)  # it outlives a restart
     in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda, nproc,
                dict(store=store, rank=rank, world_size=world_size), None)
 
@@ -823,8 +818,8 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
         group["device_id"] = args.device  # else NCCL guesses it from the rank
     with signal_handlers(stop.on_signal):
         try:
-            # Python's handlers do not run while other nodes are waited for.
-            meets = signal.SIG_DFL if group["world_size"] > nproc else stop.on_signal
+            # Python's handlers do not run while others are waited for.
+            meets = signal.SIG_DFL if group["world_size"] > 1 else stop.on_signal
             with signal_handlers(meets):
                 # Others wait in a collective while one clusters or downloads, and notice its death.
                 dist.init_process_group("nccl" if cuda else "gloo", timeout=DAY, **group)
@@ -942,6 +937,8 @@ def job_status(statuses, killed, caught):
     """The status of a job from those of its processes, and the signal that it was sent or 0."""
     if killed:
         return 1
+    if caught:  # by all: where one has failed, the others still end by the signal
+        statuses = [status for status in statuses if status < 128] or statuses
     if max(statuses) > 0:
         return max(statuses)
     if caught == signal.SIGKILL:
@@ -989,12 +986,6 @@ class Stop:
             self.waiting = bool(self.caught)
         if self.caught:
             raise Stopped(self.caught)
-
-    def agree(self, device):
-        """One process or more have caught a signal: it is now all processes'."""
-        number = torch.tensor(int(self.caught), device=device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        self.caught = self.agreed = int(number)
 
 
 stop = Stop()
@@ -1085,9 +1076,8 @@ def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **m
 def save_backbone(encoder, args):
     """The query encoder's backbone as a file of its own, with torchvision's names."""
     if dist.get_rank() == 0:
-        state = {name: x.cpu() for name, x in encoder.state_dict().items()}
-        save(args.output / "backbone.pth",
-             {name: x for name, x in state.items() if not builder.is_of_head(name)})
+        state = builder.backbone_of(encoder).state_dict()
+        save(args.output / "backbone.pth", {name: x.cpu() for name, x in state.items()})
 
 
 def save(path, state):
@@ -1123,7 +1113,10 @@ def load(path):
                     raise zipfile.BadZipFile("a part's checksum is wrong")
         with torch.serialization.safe_globals(harmless()), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on how to load what is not data alone
-            return torch.load(path, map_location="cpu", weights_only=True)
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(found, dict):
+            raise FileError(f"{path}: holds a {type(found).__name__}, not a checkpoint")
+        return found
     except FileNotFoundError:
         raise FileError(f"{path}: no such checkpoint") from None
     except OSError as error:  # it may be whole
@@ -1205,10 +1198,14 @@ class Log:
         self.path = args.output / "log.jsonl"
         with writing(self.path):
             self.file = open(self.path, "a+b")
-            self.file.truncate(min(self.file.seek(0, os.SEEK_END), size))
+            self.file.seek(size)
+            others = [line for line in self.file if line.startswith(b'{"protocol"')]  # lincls.py's
+            length = self.file.truncate(min(self.file.seek(0, os.SEEK_END), size))
             self.board = SummaryWriter(args.output, purge_step=done + 1 if done else 0)
-        if not self.file.seek(0, os.SEEK_END):
-            self.write(dict(flags=plain(args)))
+            if not length:
+                self.write(dict(flags=plain(args)))
+            self.file.writelines(others)
+            self.file.flush()
 
     def write(self, record):
         # JSON has no NaN and no infinity: null.

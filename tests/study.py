@@ -433,10 +433,10 @@ def measure(argv, path, labels_alone=False):
         model.to(args.device, memory_format=torch.channels_last)
         backbone = builder.backbone_of(model.encoder_q)
         both = [pretrain.embed(backbone, split, args) for split in (train, val)]
-        with torch.inference_mode():  # the features are of one, and normalised in place
-            found["knn"] = pretrain.neighbours(*both, len(val), train.num_classes)[20]
         bank, labels, queries, truth = parts = [
             x.cpu() for features, own in both for x in (F.normalize(features, dim=1), own)]
+        near = pretrain.nearest(bank, labels, queries, pretrain.NEIGHBOURS)
+        found["knn"] = pretrain.vote(*near, truth, train.num_classes, pretrain.NEIGHBOURS)
         found.update(linear=linear(*parts), **few_labels(*parts))
         if args.dataset == "folder":  # CIFAR-10's
             found["merged"] = linear(bank, ANIMALS[labels], queries, ANIMALS[truth])

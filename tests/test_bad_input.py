@@ -94,10 +94,9 @@ def test_a_bad_flag_is_one_line_with_what_works(flags, status, words, tmp_path, 
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("main, flags", [(pretrain.main, []),
-                                         (lincls.main, ["--pretrained", "x.pth"])])
-def test_cuda_without_a_gpu_is_refused(main, flags, call):
-    code, _, errors = call(main, *flags, "--device", "cuda")
+@pytest.mark.parametrize("main, flag", [(pretrain.main, "--init"), (lincls.main, "--pretrained")])
+def test_cuda_without_a_gpu_is_refused(main, flag, run, call):
+    code, _, errors = call(main, flag, run / "backbone.pth", "--device", "cuda")
     assert code == 2
     one_line(errors, "--device cuda", "--device cpu")
 
@@ -106,7 +105,7 @@ def test_an_error_in_several_processes_is_one_line(tmp_path, start):
     run = start(tmp_path / "run", ["--device", "cpu", "--nproc", 2, "--arch", "resnet19"])
     status, said = run.end()
     assert status == 2
-    lines = [line for line in said.splitlines() if "fitted" not in line and line[:1] != "W"]
+    lines = [line for line in said.splitlines() if not line.startswith(("data", "--q", "W"))]
     one_line("\n".join(lines), "pretrain.py: error: --arch resnet19")
 
 
@@ -200,7 +199,7 @@ SPOILT = [("cut short", 1, "cut short or damaged"), ("flipped", 1, "cut short or
           ("junk", 1, "not a whole checkpoint"), ("zip", 1, "not a whole checkpoint"),
           ("folder", 1, "cannot be read"), ("legacy, cut short", 1, "not a whole checkpoint"),
           ("script", 1, "TorchScript"), ("code", 1, "open"), ("object", 1, "Thing"),
-          ("date", 1, "datetime.date"), ("list", 2, "spoilt.pth")]
+          ("date", 1, "datetime.date"), ("list", 1, "holds a list")]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
@@ -330,7 +329,7 @@ def test_a_resume_on_as_many_other_images_is_refused(same, run, short, tmp_path,
         assert code == 0, errors
     else:
         assert code == 2
-        one_line(errors, "other images than these 352")
+        one_line(errors, "was made on other images")
 
 
 def test_an_output_folder_in_use_is_refused_and_left_as_it_is(run, short, call):
@@ -447,6 +446,18 @@ def test_the_probe_takes_every_gpu(eight_gpus):
     assert pretrain.processes(pretrain.parse_args([]), cuda=True, batch_size=None) == 8
 
 
+@pytest.mark.parametrize("dataset, batch_size", [("folder", 256), ("digits", 64)])
+def test_finetuning_shares_out_the_batch_of_the_data_set_that_was_trained_on(
+        dataset, batch_size, run, tmp_path, monkeypatch):
+    checkpoint, found = torch.load(run / "checkpoint.pth", weights_only=True), []
+    checkpoint["args"].update(dataset=dataset, dir=str(tmp_path))
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    monkeypatch.setattr(pretrain, "launch", lambda _, __, size: found.append(size))
+    for flags in (["--finetune"], ["--finetune", "--batch-size", "20"], []):
+        lincls.main(["--pretrained", str(tmp_path / "checkpoint.pth"), *flags])
+    assert found == [batch_size, 20, None]
+
+
 def test_more_processes_than_gpus_are_refused(eight_gpus, call):
     code, _, errors = call(pretrain.main, "--nproc", 9)
     assert code == 2
@@ -507,3 +518,31 @@ def test_torchruns_store_waits_as_long_as_the_group_and_unused_flags_are_said(mo
     assert store.timeout == pretrain.DAY and joined[0][5]["store"].timeout == pretrain.DAY
     said = capsys.readouterr().out
     assert "--nproc --rank" in said and "--world-size" not in said
+
+
+@pytest.mark.parametrize("nproc, restarts, same", [(2, ("0", "0"), True), (2, ("0", "1"), False),
+                                                   (1, ("0", "1"), True), (1, ("5", "5"), True)])
+def test_processes_meet_under_the_name_of_this_start_of_torchrun(nproc, restarts, same,
+                                                                 monkeypatch):
+    """On several nodes, where each agent counts its own restarts, under the number of starts."""
+    store, joined = dist.HashStore(), []
+    monkeypatch.setattr(pretrain, "in_process", lambda *args: joined.append(args[5]["store"]))
+    for rank, restart in enumerate(restarts):
+        monkeypatch.setattr(dist, "rendezvous", lambda _, rank=rank: iter([(store, rank, 2)]))
+        for name, value in dict(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT=restart,
+                                LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(nproc)).items():
+            monkeypatch.setenv(name, value)
+        pretrain.join_torchrun(None, pretrain.parse_args([]), False)
+    joined[0].set("here", "1")
+    assert joined[1].check(["here"]) == same
+    pretrain.join_torchrun(None, pretrain.parse_args([]), False)  # its next start
+    assert nproc == 2 or not joined[2].check(["here"])
+
+
+@pytest.mark.parametrize("statuses, killed, caught, status", [
+    ([0, 0], {}, 0, 0), ([1, 0], {}, 0, 1), ([1, 2], {}, 0, 2), ([0, -9], {1: 9}, 0, 1),
+    ([143, 143], {}, 15, 143), ([138, 0], {}, 10, 138), ([1, 138], {}, 10, 1),
+    ([143, 2], {}, 15, 2), ([-15, 143], {}, 15, 143), ([0, 0], {}, 15, 143),
+    ([-2, 130], {}, 9, 130), ([143, 1], {}, 0, 143)])
+def test_the_status_of_a_job_is_that_of_what_failed(statuses, killed, caught, status):
+    assert pretrain.job_status(statuses, killed, caught) == status

@@ -254,7 +254,7 @@ def test_the_backbone_of_another_network_is_refused(arch, what, weights):
 def test_a_backbone_with_more_layers_is_refused_and_one_named(name, weights):
     encoder, _ = builder.build_backbone("resnet18")
     deeper = prefixed("module.", weights | {name: torch.zeros(2)})
-    with pytest.raises(builder.OtherNetwork, match=f"module.{name} is one too many"):
+    with pytest.raises(builder.UsageError, match=f"module.{name} is one too many"):
         builder.load_backbone(encoder, {"state_dict": deeper})
 
 

@@ -83,7 +83,7 @@ def images(n):
 
 
 def views(n, aug, size):
-    batches = loader.Batches(n, 256, seed=0, rank=1, world_size=8)
+    batches = loader.Batches(torch.arange(n), 256, seed=0, rank=1, world_size=8)
     return loader.Views(images(n), batches, loader.Augment(aug, size, ((0,) * 3, (1,) * 3)), CUDA)
 
 
@@ -146,5 +146,5 @@ def test_e_step_and_monitor_wait_only_in_named_places(gpu, monkeypatch):
     assert [x.device.type for x in clusterings[1]] == ["cpu", "cuda", "cuda"]
     assert gpu.waits == {
         "read in e_step", "read in kmeans", "read in concentration", "read in cluster",
-        "read in coagulation", "read in effective_rank", "read in neighbours",
+        "read in coagulation", "read in effective_rank", "read in vote",
         "upload in evaluation", "upload in kmeans", "upload in concentration"}

@@ -179,8 +179,8 @@ def test_accents_are_the_same_as_macos_and_others_write_them(tmp_path):
     assert len(loader.load("folder", tmp_path, tmp_path / "keep")[0]) == 1
     write(tmp_path, f"val/{decomposed}/2.png")
     assert len(loader.load("folder", tmp_path)[1]) == 2  # in both spellings
-    folder(tmp_path, f"train/{composed}/1.png")
-    assert loader.load("folder", tmp_path)[1].labels.tolist() == [0, 1]
+    both = folder(tmp_path, f"train/{composed}/1.png")
+    assert len(both) == 2 and both.classes == [composed] and both.notes == []
 
 
 def test_a_class_folder_without_images_is_said(tmp_path):
@@ -222,7 +222,10 @@ def test_mostly_loose_images_are_all_taken_without_labels(tmp_path):
 def test_a_class_called_train_is_one_of_the_classes(tmp_path):
     data = folder(tmp_path, "bus/1.png", "car/1.png", "train/1.png")
     assert data.names == ["bus/1.png", "car/1.png", "train/1.png"]
-    assert said(data, "train is taken for one of the folders", "bus")
+    assert said(data, "train is taken for one of the folders", "bus", "without labels")
+    (tmp_path / "keep").write_text("bus\ntrain\n")
+    data = loader.load("folder", tmp_path, tmp_path / "keep")[0]
+    assert data.num_classes == 2 and not said(data, "without labels")
 
 
 def test_folders_beside_the_splits_are_said_to_be_unused(tmp_path):
@@ -337,6 +340,24 @@ def test_the_digest_tells_other_images_of_the_same_number(tmp_path):
 
 
 # -------------------------------------------------------------------------------------- image files
+
+
+def test_small_images_that_exif_turns_are_held_upright(tmp_path):
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter
+    (tmp_path / "train").mkdir()
+    for i in range(2):
+        Image.new("RGB", (64, 48), (i, 0, 0)).save(tmp_path / "train" / f"{i}.png", exif=exif)
+    data = loader.load("folder", tmp_path)[0]
+    assert data.images.shape == (2, 3, 64, 48)
+    assert data.statistics[0] == pytest.approx([0.5 / 255, 0, 0])
+
+
+def test_a_palette_with_transparent_colours_is_over_white(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 9, 9, 0, 1, 2, 3, 255], "RGBA")
+    image.putpixel((1, 0), 1)
+    assert [loader.to_rgb(image).getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (1, 2, 3)]
 
 
 @pytest.mark.parametrize("mode, colour, rgb", [
@@ -701,7 +722,7 @@ def test_evaluation_in_memory_is_the_resized_centre():
 
 
 def views(data, seed=0, epoch=2, start=0, workers=0, **place):
-    batches = loader.Batches(len(data), 8, seed, **place)
+    batches = loader.Batches(torch.arange(len(data)), 8, seed, **place)
     augment = loader.Augment("v2", 16, data.statistics)
     return loader.Views(data, batches, augment, "cpu", workers=workers).epoch(epoch, start)
 
@@ -768,7 +789,7 @@ def test_an_epoch_goes_on_at_its_step(data, workers):
 
 def test_kept_workers_serve_one_epoch_after_another(image_folder):
     data = loader.load("folder", image_folder)[0]
-    batches = loader.Batches(len(data), 8, 0)
+    batches = loader.Batches(torch.arange(len(data)), 8, 0)
     kept = loader.Views(data, batches, loader.Augment("v2", 16, data.statistics), "cpu", workers=1)
     for epoch, start in ((2, 3), (3, 0), (2, 0)):
         again = list(kept.epoch(epoch, start))
@@ -778,16 +799,17 @@ def test_kept_workers_serve_one_epoch_after_another(image_folder):
 
 
 def test_batches_hold_each_image_at_most_once_and_drop_an_incomplete_one():
-    batches = loader.Batches(23, 6, seed=0)
+    some = torch.arange(0, 69, 3)
+    batches = loader.Batches(some, 6, seed=0)
     whole = [index.tolist() for _, index in batches.whole(epoch=1)]
     assert [len(batch) for batch in whole] == [6] * 3 and len(set(sum(whole, []))) == 18
-    assert len(batches) == 3
+    assert len(batches) == 3 and set(sum(whole, [])) < set(some.tolist())
 
 
 class Own:
     """A fork's data set that is not in memory."""
     labels, num_classes, statistics = torch.arange(8), 8, loader.IMAGENET_STATISTICS
-    digest, notes = "own", ()
+    classes, digest, notes = (), "own", ()
 
     def __len__(self):
         return 8
@@ -803,14 +825,14 @@ def test_a_data_set_of_ones_own_has_views_and_evaluation():
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["labels", "num_classes", "statistics", "digest", "notes",
-                                  "__getitem__"])
+@pytest.mark.parametrize("name", ["labels", "num_classes", "classes", "statistics", "digest",
+                                  "notes", "__getitem__"])
 def test_what_a_data_set_lacks_is_named(name):
     lacking = {key: value for key, value in vars(Own).items() if key != name}
     data = type("Lacking", (), lacking)()
     augment = loader.Augment("v2", 16, Own.statistics)
     with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
-        loader.Views(data, loader.Batches(8, 8, 0), augment, "cpu")
+        loader.Views(data, loader.Batches(torch.arange(8), 8, 0), augment, "cpu")
     with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
         next(loader.evaluation(data, 16, "cpu", 5))
 
