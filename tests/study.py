@@ -71,7 +71,7 @@ CPU = {  # with --cpu: where below --data, and the flags that are no longer to b
         flags=[*CPU_FLAGS, *"--crop-size 14 --epochs 20 --warmup-epochs 4".split()])),
     "cifar10": ("cifar10", dict(
         grid=["coarse"], images=10_000, val_images=4000,
-        flags=[*CPU_FLAGS, *"--crop-size 16 --epochs 14 --warmup-epochs 3".split(),
+        flags=[*CPU_FLAGS, *"--crop-size 16 --epochs 30 --warmup-epochs 6".split(),
                *"--dataset folder --moco-m 0.99".split()])),
 }
 read, pauc = loader.load, pretrain.pauc  # the project's own
@@ -128,7 +128,7 @@ def grids():
                          | weights() | alone() | left_out(), [P])
     return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
                 few=moco | methods(["4"]), queue=queues(["10", "40"]),
-                weights=variants(weights()), terms=variants(alone() | left_out()),
+                weights=variants(weights(), ["10", "40"]), terms=variants(alone() | left_out()),
                 forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
                 hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]),
                 hierarchy_weights=variants(weights(), ["10"]) | variants(weights(), ["100"]),
