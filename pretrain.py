@@ -352,8 +352,7 @@ def embed(encoder, data, args):
     size = EVALUATION_BATCH if hasattr(data, "images") else EVALUATION_BATCH_OF_FILES
     batches = loader.evaluation(data, args.crop_size, args.device, size, rank, world_size,
                                 args.workers)
-    total = math.ceil(len(loader.shard(len(data), rank, world_size)) / size)
-    for image, label in bar("embedding", 0, total, batches, after=10):
+    for image, label in bar("embedding", 0, math.ceil(rows / size), batches, after=10):
         with autocast(args):
             v[start:start + len(image)] = encoder(image).float()
         labels[start:start + len(image)] = label.to(args.device, non_blocking=True)
@@ -749,7 +748,7 @@ def launch(worker, args, batch_size=None):
         else:
             print(f"node {args.rank} of {args.world_size}, waiting for the others", flush=True)
         if group["world_size"] == 1:
-            in_process(0, worker, args, cuda, nproc, group, meeting)
+            in_process(0, worker, args, cuda, nproc, group)
         else:
             inputs = worker, args, cuda, nproc, group, meeting
             supervise(lambda: mp.start_processes(in_process, inputs, nproc, join=False), meeting)
@@ -803,17 +802,16 @@ def join_torchrun(worker, args, cuda):
              else store.add(f"starts of {rank}", 1))
     store = dist.PrefixStore(f"start {start}", store)  # it outlives a restart
     in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda, nproc,
-               dict(store=store, rank=rank, world_size=world_size), None)
+               dict(store=store, rank=rank, world_size=world_size))
 
 
-def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
-    """One process of the job: `nproc` of them are on this node, and unless torchrun started them
+def in_process(local_rank, worker, args, cuda, nproc, group, meeting=None):
+    """One process of the job: `nproc` of them are on this node, and if this script has started them
     they share the folder `meeting`."""
     set_up(args, local_rank, cuda, nproc)
     if meeting:
         group["rank"] += local_rank
-    spawned = bool(meeting) and group["world_size"] > 1
-    stop.reset(alone=bool(meeting) and not spawned)
+    stop.reset(alone=group["world_size"] == 1)
     if cuda:
         group["device_id"] = args.device  # else NCCL guesses it from the rank
     with signal_handlers(stop.on_signal):
@@ -834,7 +832,7 @@ def in_process(local_rank, worker, args, cuda, nproc, group, meeting):
             if group["world_size"] > 1 and not isinstance(error, (Stopped, *KNOWN)):
                 let_another_speak()
             if stop.caught and not isinstance(error, KNOWN):
-                sys.exit(end_by_signal(args, group["rank"], spawned))
+                sys.exit(end_by_signal(args, group["rank"], spawned=bool(meeting)))
             fail(error, meeting)
 
 
