@@ -55,9 +55,10 @@ def build_backbone(arch, small_images=False, bn_splits=1):
         net.set_submodule(name, stem)
         if hasattr(net, "maxpool"):
             net.maxpool = nn.Identity()
-    for name, module in list(net.named_modules()) if bn_splits > 1 else ():
-        if type(module) is nn.BatchNorm2d:
-            net.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
+    if bn_splits > 1:
+        for name, module in [*net.named_modules()]:
+            if type(module) is nn.BatchNorm2d:
+                net.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
     return net, head.in_features
 
 
@@ -116,8 +117,9 @@ def tensors(checkpoint):
     return found
 
 
-def load_backbone(encoder, checkpoint):
-    """Load an encoder's weights but for its head from whatever `torch.load` gave.
+def load_backbone(encoder, checkpoint, network="this network"):
+    """Load an encoder's weights but for its head from whatever `torch.load` gave. network: what it
+    is called where they are those of another.
 
     The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
     checkpoints, this project's, torchvision's weights, and many others; also where its layers were
@@ -126,19 +128,21 @@ def load_backbone(encoder, checkpoint):
     """
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
     number = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
-    numbered = [re.sub(r"^\w+", lambda top: number.get(top[0], top[0]), name) for name in wanted]
+    named = [*wanted]
+    numbered = [re.sub(r"^\w+", lambda top: number.get(top[0], top[0]), name) for name in named]
     places = []
-    for names, least in (([*wanted], 0), (numbered, len(wanted) / 2)):
-        for prefix in [name.removesuffix(names[0]) for name in state if name.endswith(names[0])]:
+    for names in (named, numbered):
+        ends = [name for name in state if name.endswith(names[0])]
+        for prefix in [name.removesuffix(names[0]) for name in ends]:
             held = sum(prefix + name in state for name in names)
             leads = not any(word in prefix for word in FOLLOWERS)
-            if held > least:
+            if names is named or 2 * held > len(names):
                 places.append((held, leads, prefix, names))
     if not places:
         first = next(iter(wanted)).removesuffix(".weight")
         raise UsageError(f"holds no backbone with a layer {first}; give a checkpoint of PAUC, MoCo "
                          f"or PCL, a backbone.pth, or weights of torchvision")
-    *_, prefix, names = max(places, key=lambda place: place[:2])
+    _, _, prefix, names = max(places, key=lambda place: place[:2])  # the first of the best
     known = [prefix + name for name in names]
     found = {ours: state[its] for ours, its in zip(wanted, known) if its in state}
     missing = [name for name in wanted if name not in found and "num_batches" not in name]
@@ -150,8 +154,8 @@ def load_backbone(encoder, checkpoint):
     if missing or wrong or more:
         what = [f"{name} is missing" for name in missing] + wrong
         what += [f"{name} is one too many" for name in sorted(more)]
-        raise UsageError(f"its weights are not those of this network ({what[0]}); name the --arch "
-                         f"and --crop-size that it was trained with")
+        raise UsageError(f"its weights are not those of {network} ({what[0]}); name the --arch and "
+                         f"--crop-size that it was trained with")
     if not all(x.isfinite().all() for x in found.values()):
         raise UsageError("its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)

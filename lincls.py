@@ -96,7 +96,8 @@ def main(argv=None):
     except UsageError as error:
         pretrain.fail(error)
     batch_size = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
-    pretrain.launch(main_worker, args, batch_size if args.finetune else None)  # for its BN
+    # How many images a process has is of no matter but to BN in train mode.
+    pretrain.launch(main_worker, args, batch_size if args.finetune else None)
 
 
 def main_worker(args):
@@ -111,7 +112,7 @@ def main_worker(args):
         features = extract(builder.backbone_of(net), train, val, args)
         if dist.get_rank() == 0:
             evaluate_features(features, train, val, subsets, args)
-        dist.barrier()
+        dist.barrier()  # torchrun's other nodes may keep the store for the first
     elif args.evaluate:
         report(args, "evaluate", validate(net, val, args))
     else:
@@ -124,7 +125,9 @@ def main_worker(args):
 
 def adopt(args, source):
     """Take what no flag says from the checkpoint, else from the data set's defaults."""
-    then = source["args"] if "digest" in source else {}  # MoCo's and PCL's say the arch alone
+    then = source.get("args") if "digest" in source else None
+    if not isinstance(then, dict) or then.get("dataset") not in loader.DATASETS:
+        then = {}  # MoCo's and PCL's say the arch alone
     its_dir = then.get("dir") if then.get("dataset") != "digits" else None
     same_dir = not args.dir or its_dir and Path(args.dir).resolve() == Path(its_dir).resolve()
     args.dataset = args.dataset or (then.get("dataset") if same_dir else "folder") or "digits"
@@ -177,7 +180,7 @@ def load_net(args, train):
     prefix = pretrain.load_backbone(net, source, path, args.arch, args.small_images)
     if args.evaluate and not args.on_features:
         state = builder.tensors(source)
-        saved = {name: state.get(f"{prefix}fc.{name}") for name in ("weight", "bias")}
+        saved = {name: state.get(f"{prefix}{builder.HEAD}.{name}") for name in fc.state_dict()}
         if saved["weight"] is None or saved["weight"].shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: not a probe of {train.num_classes} classes, "
                              f"saved by this script")
@@ -218,10 +221,12 @@ def label_subsets(args, train):
 
 
 def draw(labels, *seed):
-    """The rows of each class, shuffled."""
-    classes = labels.argsort(stable=True).split(labels.bincount().tolist())
-    return [rows[torch.randperm(len(rows), generator=generator("cpu", *seed, label))]
-            for label, rows in enumerate(classes)]
+    """The rows of each class, shuffled; those without a label, -1, are left out."""
+    known = (labels >= 0).sum()
+    rows = labels.argsort(stable=True)[len(labels) - known:]
+    classes = rows.split(labels[rows].bincount().tolist())
+    return [own[torch.randperm(len(own), generator=generator("cpu", *seed, label))]
+            for label, own in enumerate(classes)]
 
 
 def read_label_list(path, names):
@@ -246,8 +251,8 @@ def train_net(net, train, labelled, val, args):
     adopt_schedule(args, len(labelled) / len(train))
     pretrain.fit_batch(args, len(labelled), DEFAULTS[args.dataset]["batch_size"])
     pretrain.lock(args.output)
-    images = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
-    log_size, checkpoint = pretrain.open_output(args, images, FIXED)
+    data_digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
+    log_size, checkpoint = pretrain.open_output(args, data_digest, FIXED)
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
     groups = [dict(params=fc.parameters())]
     if args.finetune:
@@ -258,13 +263,13 @@ def train_net(net, train, labelled, val, args):
                              dist.get_world_size())
     augment = loader.Augment("crop", args.crop_size, train.statistics, args.flip)
     views = loader.Views(train, batches, augment, args.device, 1, args.min_scale, args.workers)
-    frozen = None if args.finetune else digest(backbone)
+    begun = digest(backbone)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0, loss=math.nan)
     if checkpoint:
-        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
-        if frozen and digest(backbone) != frozen:
+        if checkpoint["begun"] != begun:
             raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
                              f"was begun on; give that one, or start another --output")
+        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
     del checkpoint
     log = pretrain.Log(args, log_size, run)
     trained_fc = DistributedDataParallel(fc)
@@ -272,12 +277,12 @@ def train_net(net, train, labelled, val, args):
 
     def save_run():
         pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=images, classes=train.classes)
+                                 digest=data_digest, begun=begun, classes=train.classes)
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
         train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, save_run)
-        if frozen and digest(backbone) != frozen:
+        if not args.finetune and digest(backbone) != begun:
             raise RuntimeError("the frozen backbone moved")
         figures = validate(net, val, args)
         run.update(epoch=epoch + 1, step=0, best=max(run["best"], figures["top1"]))
@@ -329,14 +334,19 @@ def validate(net, val, args):
     """Top-1 and top-5 in percent over the whole of `val`, each image once for any number of
     processes. As in training, features may be in half precision, the linear layer is not."""
     v, labels = pretrain.embed(builder.backbone_of(net), val, args)
-    logits = builder.head_of(net)(v)
-    return accuracies(*(builder.gather(x)[:len(val)] for x in (logits, labels)))
+    hits = top_hits(builder.head_of(net)(v), labels)
+    dist.all_reduce(hits)
+    return percent(hits, len(val))
 
 
-def accuracies(logits, labels):
-    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    share = 100 * right.double().mean(0)
-    return dict(top1=share[0].item(), top5=share.sum().item())
+def top_hits(logits, labels):
+    """How often the label is the first, and among the first five: (2,)."""
+    right = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).double()
+    return torch.stack([right[:, 0].sum(), right.sum()])
+
+
+def percent(hits, total):
+    return dict(zip(("top1", "top5"), (100 * hits / total).tolist()))
 
 
 # ----------------------------------------------------------------------------- on frozen features
@@ -370,25 +380,29 @@ def evaluate_features(features, train, val, subsets, args):
 
 
 def extract(backbone, train, val, args):
-    """The features of both sets, float32 on the CPU; --features keeps them with labels and names,
-    or has them: 10 GB for ImageNet and a ResNet-50, in every process."""
-    path = args.features
+    """The features of both sets, float32 on the CPU of the first process, which alone returns them;
+    --features keeps them with labels and names, or has them. 10 GB for ImageNet and a ResNet-50."""
+    path, first = args.features, dist.get_rank() == 0
+    # Of a folder the digest is that of its names alone.
     folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
     of = [digest(backbone), train.digest, val.digest, folder, args.crop_size, args.bits, args.amp]
-    if path and path.exists():
-        features = pretrain.load(path)
-        if features.get("of") != of:
+    there = torch.tensor([bool(path and path.exists())], device=args.device)
+    if builder.gather(there)[0]:  # as the first process sees it
+        features = pretrain.load(path) if first else None
+        if first and features.get("of") != of:
             raise UsageError(f"--features {path}: is of another backbone, data, crop or --amp; "
                              f"name another file")
         return features
-    if path and dist.get_rank() == 0:
+    if path and first:
         pretrain.make_folder(path.parent)
     features = dict(of=of)
     for split, data in (("train", train), ("val", val)):
         v, _ = pretrain.embed(backbone, data, args)
-        features[split] = builder.gather(v)[:len(data)].cpu()
-        features |= {f"{split}_labels": data.labels, f"{split}_names": data.names}
-    if path and dist.get_rank() == 0:
+        v = builder.gather(v)
+        if first:
+            features[split] = v[:len(data)].cpu()
+            features |= {f"{split}_labels": data.labels, f"{split}_names": data.names}
+    if path and first:
         pretrain.save(path, features)
     return features
 
@@ -438,7 +452,7 @@ def logreg(bank, queries, num_classes, chosen, args):
             break
         least, best = loss, l2
     fc = fit_logreg(x, y, num_classes, best)
-    report(args, "logreg", accuracies(fc(x_val), y_val), l2=best, **chosen)
+    report(args, "logreg", percent(top_hits(fc(x_val), y_val), len(x_val)), l2=best, **chosen)
 
 
 def fit_logreg(x, y, num_classes, l2):
@@ -486,8 +500,8 @@ def draw_neighbours(features, train, val, args):
     """A picture: some of val's images, each with its nearest training images; below, prototypes of
     val, each with its nearest members. Green: of the right class, or the prototype's main one."""
     bank, v = (F.normalize(features[split], dim=1) for split in ("train", "val"))
-    picture, order = [], torch.randperm(len(v), generator=generator("cpu", args.seed))
-    for i in order[:args.neighbours].tolist():
+    picture, shuffled = [], torch.randperm(len(v), generator=generator("cpu", args.seed))
+    for i in shuffled[:args.neighbours].tolist():
         near = (bank @ v[i]).topk(min(ROW, len(bank))).indices.tolist()
         picture.append([tile(val, i), *(tile(train, j, val.labels[i]) for j in near)])
     picture.append([])

@@ -12,14 +12,14 @@ A data set is any object with
     __len__, labels      n, and (n,) long on the CPU, -1 where there is none
     num_classes          0 if there are no labels
     classes              their names, or an empty list
+    names                n texts, for lists of labelled images and features that are kept
     statistics           mean and standard deviation of the three channels, in [0, 1]
     digest               a short text that differs for other images
     notes                lines that a person should read: what was left out, what was taken for what
     images               (n, c, H, W) uint8 on the device; or else, if it is not in memory,
     __getitem__          i -> (3, H, W) uint8, label
-    names                n texts, for lists of labelled images and features that are kept
 A new one is a function (root, device) -> train, val or None in DATASETS, with its default flags in
-the two scripts' DEFAULTS.
+pretrain's DEFAULTS and, unless they are those of small images, lincls's.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
@@ -135,7 +135,8 @@ class Arrays:
 
 
 def _statistics(images):
-    """Those of images (n, c, H, W) uint8, of some that are evenly spread."""
+    """Mean and standard deviation of the channels of images (n, c, H, W) uint8, over some that are
+    evenly spread."""
     part = images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
     mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
     return mean.expand(3).tolist(), std.expand(3).tolist()
@@ -189,7 +190,7 @@ def _torchvision(name, root, device):
 
 def _folder(root, classes, bits):
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels."""
-    root, notes, held = Path(root), [], None
+    root, notes, val_data = Path(root), [], None
     if not os.path.isdir(root):
         raise FileError(shown(f"{root}: no such folder, or one that may not be seen; give one that "
                               f"holds train/CLASS/*.jpg, or any tree of images"))
@@ -215,7 +216,7 @@ def _folder(root, classes, bits):
         notes.append(f"{val}: not used, as the training images have no labels")
     elif val:
         val_images, val_others = _by_folder(val)
-        held = _validation(root, val, val_images, known, folders, bits, notes)
+        val_data = _validation(root, val, val_images, known, folders, bits, notes)
         others += val_others
     if others:
         kinds = others.most_common(MOST_KINDS)
@@ -223,7 +224,7 @@ def _folder(root, classes, bits):
         notes.append(f"{root}: not images by their extension, left out: {', '.join(kinds)}")
     notes += _notes_on_depth(data, bits)
     data.notes = [shown(note) for note in notes]
-    return data, held
+    return data, val_data
 
 
 def _validation(root, folder, images, known, wanted, bits, notes):
@@ -256,6 +257,7 @@ def _by_folder(folder):
         if _is_image(path):
             images.setdefault(_composed(top) if below else "", []).append(path)
         else:
+            _follow(os.path.join(folder, path))
             others[os.path.splitext(path)[1].lower()] += 1
     return images, others
 
@@ -366,7 +368,6 @@ def _walk(folder):
             folders[:] = sorted(_visible(folders))
             starts += filter(os.path.islink, [os.path.join(path, name) for name in folders])
             for name in _visible(files):
-                _follow(os.path.join(path, name))
                 yield name if below == os.curdir else os.path.join(below, name)
 
 
@@ -571,16 +572,15 @@ DATASETS = {"folder": _folder, "digits": _digits, "cifar10": partial(_torchvisio
 
 class Batches:
     """The batches of a shuffled epoch, the same for any number of processes; an incomplete last one
-    is dropped. images: the indices (n,) of those that are trained on. rows: this process's of a
-    batch."""
+    is dropped. index: of the images (n,) that are trained on. rows: this process's of a batch."""
 
-    def __init__(self, images, batch_size, seed, rank=0, world_size=1):
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(self, index, batch_size, seed, rank=0, world_size=1):
+        self.index, self.batch_size, self.seed = index, batch_size, seed
         self.rows = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._from = 0, 0  # the epoch and step from which a DataLoader takes them: Views sets it
 
     def __len__(self):
-        return len(self.images) // self.batch_size
+        return len(self.index) // self.batch_size
 
     def __iter__(self):
         epoch, start = self._from
@@ -590,7 +590,7 @@ class Batches:
     def whole(self, epoch, start=0):
         """Each step of the epoch from `start` on, with the indices (N,) of its global batch."""
         generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-        order = self.images[torch.randperm(len(self.images), generator=generator)]
+        order = self.index[torch.randperm(len(self.index), generator=generator)]
         for step in range(start, len(self)):
             yield step, order[step * self.batch_size:(step + 1) * self.batch_size]
 
@@ -602,7 +602,7 @@ class Views:
     """
 
     def __init__(self, data, batches, augment, device, views=2, min_scale=0.2, workers=0):
-        self.data, self.batches, self.augment = complete(data), batches, augment.to(device)
+        self.data, self.batches, self.augment = data, batches, augment.to(device)
         self.device, self.views, self.min_scale = torch.device(device), views, min_scale
         self.crops = None
         if not hasattr(data, "images"):
@@ -641,15 +641,14 @@ class Views:
         return x.to(self.device, non_blocking=True)
 
 
-def complete(data):
-    """The data set; a TypeError says what of the protocol (above) it lacks."""
-    need = ["__len__", "labels", "num_classes", "classes", "statistics", "digest", "notes"]
+def check(data):
+    """A TypeError says what of the protocol of data sets (above) this one lacks."""
+    need = ["__len__", "labels", "num_classes", "classes", "names", "statistics", "digest", "notes"]
     missing = [name for name in need if not hasattr(data, name)]
     if not hasattr(data, "images") and not hasattr(data, "__getitem__"):
         missing.append("images or __getitem__")
     if missing:
         raise TypeError(f"the data set {type(data).__name__} lacks {', '.join(missing)}")
-    return data
 
 
 class RandomCrops(Dataset):
@@ -866,7 +865,7 @@ def evaluation(data, size, device, batch_size, rank=0, world_size=1, workers=0):
     """One process's shard of a data set, in batches: the images' centres (n, 3, size, size),
     normalised, on `device`, and their labels (n,). The centre is that of the image with its shorter
     side resized to 256/224 of `size`, and to `size` itself if that is small."""
-    rows = shard(len(complete(data)), rank, world_size)
+    rows = shard(len(data), rank, world_size)
     resized = size * 256 // 224 if size >= SMALL_CROP else size
     normalise = Augment("crop", size, data.statistics, flip=False).to(device)
     if not hasattr(data, "images"):

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 import traceback
+import uuid
 import warnings
 import zipfile
 from contextlib import contextmanager
@@ -374,8 +375,8 @@ def knn(backbone, train, val, args):
 
 
 def nearest(bank, bank_labels, queries, k):
-    """The k nearest rows of bank (n, d) to each of queries (m, d), all unit rows, but for those
-    with a label under 0: cosines and labels, both (m, k) or, of a smaller bank, (m, n)."""
+    """The k nearest rows of bank (n, d) to each of queries (m, d), unit rows: cosines and labels,
+    both (m, k) or, of a smaller bank, (m, n). Those with a label under 0 are nobody's."""
     found = []
     for rows in queries.split(256):
         cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
@@ -503,11 +504,10 @@ def read_report(loss, figures, run, args):
     values = [loss.detach().float(), *(x.float() for x in figures.values())]
     values.append(values[0].new_full((), stop.caught))
     rows = builder.gather(torch.stack(values)[None]).tolist()  # one of each process
-    *means, _ = (sum(column) / len(rows) for column in zip(*rows))
-    caught = max(int(row[-1]) for row in rows)
-    if caught:  # by one process or more, and now by all
-        stop.caught = stop.agreed = caught
-    report = dict(zip(("loss", *figures), means))
+    *columns, caught = zip(*rows)
+    if any(caught):  # by one process or more, and now by all
+        stop.caught = stop.agreed = int(max(caught))
+    report = {name: sum(x) / len(x) for name, x in zip(("loss", *figures), columns)}
     if not math.isfinite(report["loss"]):
         where = f"epoch {run['epoch'] + 1}, step {run['step'] + 1}"
         raise Diverged(f"{where}: the loss is not finite", args)
@@ -537,10 +537,11 @@ def open_data(args):
     downloads if need be."""
     if args.local_rank > 0:
         dist.barrier()
-    data = loader.load(args.dataset, args.dir, args.classes, args.bits, args.device)
+    train, val = loader.load(args.dataset, args.dir, args.classes, args.bits, args.device)
     if args.local_rank == 0:
         dist.barrier()
-    train, val = data
+    for data in filter(None, (train, val)):
+        loader.check(data)
     classes = f" in {train.num_classes} classes" if train.num_classes else ""
     say(f"data    {args.dataset}, {len(train)} images{classes}, {len(val or ())} to evaluate on")
     for note in train.notes:
@@ -595,13 +596,13 @@ def bn_groups(args):
 
 
 def load_backbone(encoder, checkpoint, path, arch, small_images):
-    """Load an encoder's weights but for its head from what is in the file `path`. Returns what
-    stands before their names there."""
+    """Load an encoder's weights but for its head from what is in the file `path`. Returns the
+    prefix of their names there."""
     stem = "small-image stem" if small_images else "stem for large images"
     try:
-        prefix = builder.load_backbone(encoder, checkpoint)
+        prefix = builder.load_backbone(encoder, checkpoint, f"--arch {arch} with the {stem}")
     except builder.UsageError as error:
-        raise UsageError(f"{path}: {error} (here --arch {arch} with the {stem})") from None
+        raise UsageError(f"{path}: {error}") from None
     say(f"backbone from {path}" + (f", {prefix}*" if prefix else "") + f", {stem}")
     return prefix
 
@@ -624,7 +625,7 @@ def open_output(args, digest, fixed=FIXED):
                          f"--resume auto, or give another --output")
     wanted = args.resume and (in_use or args.resume != "auto")
     checkpoint = load_or_previous(path, own) if wanted else None
-    ours = bool(checkpoint) and "digest" in checkpoint
+    ours = bool(checkpoint) and {"digest", "epoch", "args"} <= checkpoint.keys()
     position = [checkpoint["epoch"], checkpoint["step"]] if ours else [-1, -1]
     positions = builder.gather(torch.tensor([position], device=args.device))
     if len(positions.unique(dim=0)) > 1:
@@ -797,17 +798,35 @@ def join_torchrun(worker, args, cuda):
     store.set_timeout(DAY)  # while one process lists or fetches a data set
     if unused and rank == 0:
         print(f"torchrun says how many processes meet and where, not {' '.join(unused)}")
-    one_node = world_size == nproc
-    start = (os.environ["TORCHELASTIC_RESTART_COUNT"] if one_node  # that of several nodes differs
-             else store.add(f"starts of {rank}", 1))
-    store = dist.PrefixStore(f"start {start}", store)  # it outlives a restart
+    store = dist.PrefixStore(name_of_start(store, rank, world_size), store)
     in_process(int(os.environ["LOCAL_RANK"]), worker, args, cuda, nproc,
                dict(store=store, rank=rank, world_size=world_size))
 
 
+def name_of_start(store, rank, world_size):
+    """A name that all processes of this start share, and none of an earlier one: torchrun's store
+    outlives a restart, and its agents' own counts differ.
+
+    Each process leaves a word of its own. The name is all of them, once all have read the same: so
+    none of a process that has died is among them.
+    """
+    words = [f"word of {other}" for other in range(world_size)]
+    store.set(words[rank], uuid.uuid4().hex)
+    store.wait(words)
+    name = None
+    while True:
+        read = b" ".join(store.multi_get(words)).decode()
+        if read != name:
+            name = read
+            store.set(f"{name}: read by {rank}", "")
+        if store.check([f"{name}: read by {other}" for other in range(world_size)]):
+            return name
+        time.sleep(0.1)
+
+
 def in_process(local_rank, worker, args, cuda, nproc, group, meeting=None):
-    """One process of the job: `nproc` of them are on this node, and if this script has started them
-    they share the folder `meeting`."""
+    """One process of the job, of `nproc` on this node. meeting: a folder that those share which
+    `supervise` has started."""
     set_up(args, local_rank, cuda, nproc)
     if meeting:
         group["rank"] += local_rank
@@ -935,7 +954,7 @@ def job_status(statuses, killed, caught):
     """The status of a job from those of its processes, and the signal that it was sent or 0."""
     if killed:
         return 1
-    if caught:  # by all: where one has failed, the others still end by the signal
+    if caught:  # a failure counts for more than that others have ended by the signal
         statuses = [status for status in statuses if status < 128] or statuses
     if max(statuses) > 0:
         return max(statuses)
@@ -1187,7 +1206,8 @@ class Log:
     flags; TensorBoard in OUTPUT; and a shorter line on the terminal."""
 
     def __init__(self, args, size, run):
-        """size: where the log of a run that goes on is cut; what came after will come again."""
+        """size: where the log of a run that goes on is cut; what came after will come again, but
+        for lincls.py's results."""
         self.speaks = dist.get_rank() == 0
         if not self.speaks:
             return
@@ -1195,21 +1215,21 @@ class Log:
         done = run["epoch"] * run["steps"] + run["step"]
         self.path = args.output / "log.jsonl"
         with writing(self.path):
-            self.file = open(self.path, "a+b")
-            self.file.seek(size)
-            others = [line for line in self.file if line.startswith(b'{"protocol"')]  # lincls.py's
-            length = self.file.truncate(min(self.file.seek(0, os.SEEK_END), size))
             self.board = SummaryWriter(args.output, purge_step=done + 1 if done else 0)
-            if not length:
-                self.write(dict(flags=plain(args)))
-            self.file.writelines(others)
-            self.file.flush()
+            self.file = open(self.path, "a+b")
+            size = min(size, self.file.seek(0, os.SEEK_END))
+            self.file.seek(size)
+            results = [line for line in self.file
+                       if line.startswith(b'{"protocol"') and line.endswith(b"}\n")]
+            self.file.truncate(size)
+        flags = [] if size else [dict(flags=plain(args))]
+        self.write(*flags, *map(json.loads, results))
 
-    def write(self, record):
+    def write(self, *records):
         # JSON has no NaN and no infinity: null.
-        record = json.loads(json.dumps(record), parse_constant=lambda _: None)
+        records = json.loads(json.dumps(records), parse_constant=lambda _: None)
         with writing(self.path):
-            self.file.write(json.dumps(record).encode() + b"\n")
+            self.file.writelines(json.dumps(record).encode() + b"\n" for record in records)
             self.file.flush()
 
     def mark(self):

@@ -5,7 +5,9 @@ import datetime
 import os
 import re
 import shutil
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -510,9 +512,9 @@ def test_a_gpu_has_at_least_one_data_worker(cores, workers, eight_gpus, monkeypa
 def test_torchruns_store_waits_as_long_as_the_group_and_unused_flags_are_said(monkeypatch, capsys):
     store, joined = dist.HashStore(), []
     monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(store, 0, 2)]))
-    for name, value in dict(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT="0",
-                            LOCAL_RANK="0", LOCAL_WORLD_SIZE="2").items():
+    for name, value in dict(TORCHELASTIC_RUN_ID="x", LOCAL_RANK="0", LOCAL_WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(pretrain, "name_of_start", lambda *_: "start")
     monkeypatch.setattr(pretrain, "in_process", lambda *args: joined.append(args))
     pretrain.join_torchrun(None, pretrain.parse_args(["--nproc", "3", "--rank", "1"]), False)
     assert store.timeout == pretrain.DAY and joined[0][5]["store"].timeout == pretrain.DAY
@@ -520,23 +522,20 @@ def test_torchruns_store_waits_as_long_as_the_group_and_unused_flags_are_said(mo
     assert "--nproc --rank" in said and "--world-size" not in said
 
 
-@pytest.mark.parametrize("nproc, restarts, same", [(2, ("0", "0"), True), (2, ("0", "1"), False),
-                                                   (1, ("0", "1"), True), (1, ("5", "5"), True)])
-def test_processes_meet_under_the_name_of_this_start_of_torchrun(nproc, restarts, same,
-                                                                 monkeypatch):
-    """On several nodes, where each agent counts its own restarts, under the number of starts."""
-    store, joined = dist.HashStore(), []
-    monkeypatch.setattr(pretrain, "in_process", lambda *args: joined.append(args[5]["store"]))
-    for rank, restart in enumerate(restarts):
-        monkeypatch.setattr(dist, "rendezvous", lambda _, rank=rank: iter([(store, rank, 2)]))
-        for name, value in dict(TORCHELASTIC_RUN_ID="x", TORCHELASTIC_RESTART_COUNT=restart,
-                                LOCAL_RANK="0", LOCAL_WORLD_SIZE=str(nproc)).items():
-            monkeypatch.setenv(name, value)
-        pretrain.join_torchrun(None, pretrain.parse_args([]), False)
-    joined[0].set("here", "1")
-    assert joined[1].check(["here"]) == same
-    pretrain.join_torchrun(None, pretrain.parse_args([]), False)  # its next start
-    assert nproc == 2 or not joined[2].check(["here"])
+@pytest.mark.parametrize("sizes", [(2, 2), (3, 3, 3), (2, 3, 1)])
+def test_processes_meet_under_a_name_of_their_own_start_of_torchrun(sizes):
+    """Also after others that have come to nothing, with as many processes or with others."""
+    store, names = dist.HashStore(), []
+    for size in sizes:
+        store.set("word of 0", "of one that has died before the others came")
+        store.set("of one that has died before the others came: read by 0", "")
+        with ThreadPoolExecutor(size) as pool:
+            found = []
+            for rank in reversed(range(size)):
+                found.append(pool.submit(pretrain.name_of_start, store, rank, size))
+                time.sleep(0.15)
+            names.append({one.result(20) for one in found})
+    assert all(len(name) == 1 for name in names) and len(set.union(*names)) == len(sizes)
 
 
 @pytest.mark.parametrize("statuses, killed, caught, status", [

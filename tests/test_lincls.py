@@ -397,6 +397,35 @@ def test_a_probe_resumed_on_another_backbone_is_refused_at_the_start(trained, un
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
 
 
+def test_a_probe_resumed_on_a_backbone_with_the_other_stem_is_refused_too(call, tmp_path):
+    for size in (8, 64):
+        torch.manual_seed(0)
+        backbone, _ = builder.build_backbone("shufflenet_v2_x0_5", size < loader.SMALL_CROP)
+        torch.save(dict(state_dict=backbone.state_dict(), digest="x", arch="shufflenet_v2_x0_5",
+                        args=dict(dataset="digits", crop_size=size, classes=None, bits=16)),
+                   tmp_path / f"{size}.pth")
+    flags = ["--crop-size", 32, "--epochs", 1, "--label-fraction", 0.05, "--output",
+             tmp_path / "out"]
+    status, _, errors = call(lincls.main, "--pretrained", tmp_path / "8.pth", *CPU, *flags)
+    assert status == 0, errors
+    refused(call, ["backbone", "begun"], "--pretrained", tmp_path / "64.pth", *flags, "--resume",
+            "auto")
+
+
+def test_what_a_kill_has_cut_does_not_spoil_the_log(trained, evaluate, tmp_path):
+    evaluate(trained, "--knn", 5, 20)
+    log = tmp_path / "out" / "log.jsonl"
+    log.write_bytes(log.read_bytes()[:-9])
+    evaluate(trained, "--epochs", 1)
+    first, second, *_ = read_log(tmp_path / "out")
+    assert first["k"] == 5 and second["step"] == 10
+
+
+def test_images_without_a_label_are_not_drawn():
+    labels = torch.tensor([1, -1, 0, 1, -1, 0])
+    assert [sorted(rows.tolist()) for rows in lincls.draw(labels, 0)] == [[2, 5], [0, 3]]
+
+
 def test_a_backbone_that_moves_is_noticed(trained, call, monkeypatch, tmp_path):
     real = lincls.train_epoch
 

@@ -203,6 +203,14 @@ def test_a_link_that_leads_nowhere_is_named(link, tmp_path):
         loader.load("folder", tmp_path)
 
 
+def test_a_link_that_leads_nowhere_beside_the_images_is_of_no_matter(tmp_path):
+    write(tmp_path, "train/a/1.png", "train/b/1.png")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "lock").symlink_to("host:17")
+    assert len(loader.load("folder", tmp_path)[0]) == 2
+    assert loader.main([str(tmp_path)]) == 0
+
+
 def test_a_link_to_a_file_that_is_gone_is_no_image(tmp_path):
     (tmp_path / "labels.txt").symlink_to(tmp_path / "nowhere")
     assert said(folder(tmp_path, "1.png"), "1 .txt")
@@ -809,7 +817,7 @@ def test_batches_hold_each_image_at_most_once_and_drop_an_incomplete_one():
 class Own:
     """A fork's data set that is not in memory."""
     labels, num_classes, statistics = torch.arange(8), 8, loader.IMAGENET_STATISTICS
-    classes, digest, notes = (), "own", ()
+    classes, names, digest, notes = (), [*map(str, range(8))], "own", ()
 
     def __len__(self):
         return 8
@@ -825,16 +833,13 @@ def test_a_data_set_of_ones_own_has_views_and_evaluation():
     assert torch.cat([labels for _, labels in batches]).tolist() == list(range(8))
 
 
-@pytest.mark.parametrize("name", ["labels", "num_classes", "classes", "statistics", "digest",
-                                  "notes", "__getitem__"])
+@pytest.mark.parametrize("name", ["labels", "num_classes", "classes", "names", "statistics",
+                                  "digest", "notes", "__getitem__"])
 def test_what_a_data_set_lacks_is_named(name):
+    loader.check(Own())
     lacking = {key: value for key, value in vars(Own).items() if key != name}
-    data = type("Lacking", (), lacking)()
-    augment = loader.Augment("v2", 16, Own.statistics)
     with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
-        loader.Views(data, loader.Batches(torch.arange(8), 8, 0), augment, "cpu")
-    with pytest.raises(TypeError, match=f"Lacking lacks .*{name}"):
-        next(loader.evaluation(data, 16, "cpu", 5))
+        loader.check(type("Lacking", (), lacking)())
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 12, 13])
