@@ -2,7 +2,7 @@
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
     python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
-                                                                    # 30 runs of 6 or 12 min a core
+                                                                    # 24 runs of 2 or 10 min a core
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
@@ -67,10 +67,10 @@ QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, P = 5"], images=["PAUC"])
 CPU_FLAGS = "--arch small --batch-size 64 --queue-size 1000 --knn-every 0".split()
 CPU = {  # with --cpu: where below --data, and the flags that are no longer to be given
     "fashionmnist": ("", dict(
-        grid=["few", "coarse"], images=4000, val_images=4000,
+        images=4000, val_images=4000,
         flags=[*CPU_FLAGS, *"--crop-size 14 --epochs 20 --warmup-epochs 4".split()])),
     "cifar10": ("cifar10", dict(
-        grid=["coarse"], images=10_000, val_images=4000,
+        images=10_000, val_images=4000,
         flags=[*CPU_FLAGS, *"--crop-size 16 --epochs 30 --warmup-epochs 6".split(),
                *"--dataset folder --moco-m 0.99".split()])),
 }
@@ -81,7 +81,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC's study", allow_abbrev=False)
     add = parser.add_argument
     add("--data", default="data", metavar="DIR", help="holds FashionMNIST/raw/*.gz")
-    add("--grid", nargs="+", choices=grids(), help="default: main, with --cpu few and coarse")
+    add("--grid", nargs="+", choices=grids(), help="default: main, with --cpu coarse")
     add("--seeds", type=int, default=3, help="seeds 0, 1, ...")
     add("--jobs", type=int, default=1, help="runs at once, all on one device")
     add("--images", type=int, default=54_000, help="training images")
@@ -128,7 +128,8 @@ def grids():
                          | weights() | alone() | left_out(), [P])
     return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
                 few=moco | methods(["4"]), queue=queues(["10", "40"]),
-                weights=variants(weights(), ["10", "40"]), terms=variants(alone() | left_out()),
+                weights=variants(weights(), ["10", "40"]),
+                terms=variants(alone() | left_out(), ["10", "40"]),
                 forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
                 hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]),
                 hierarchy_weights=variants(weights(), ["10"]) | variants(weights(), ["100"]),
@@ -226,6 +227,7 @@ def own_keys_as_negatives(batch, clusterings, args):
 
 FORMS = {"first reading": first_reading, "uniformity within": uniformity_within}
 QUEUES = {"own keys as negatives": own_keys_as_negatives}
+LOSSES = {None: pauc} | FORMS | QUEUES  # what stands in for pretrain.pauc, by a run's "form"
 
 
 # ------------------------------------------------------------------------ a hierarchy of Gaussians
@@ -342,7 +344,7 @@ def few_labels(bank, labels, queries, truth, draws=5):
 
 def on_hierarchy(run, args, record):
     """A run on the hierarchy: its record."""
-    return hierarchy(run["flags"], run["seed"], (FORMS | QUEUES).get(run["form"], pauc), args.steps)
+    return hierarchy(run["flags"], run["seed"], LOSSES[run["form"]], args.steps)
 
 
 # ------------------------------------------------------------------------------- one run on images
@@ -391,7 +393,7 @@ def on_images(run, args, record):
     os.dup2(1, 2)
     cuda = torch.cuda.is_available() and "cpu" not in args.flags
     torch.set_num_threads(max(1, os.cpu_count() // args.jobs) if cuda else 1)
-    pretrain.pauc = (FORMS | QUEUES).get(run["form"], pauc)  # this process makes one run at a time
+    pretrain.pauc = LOSSES[run["form"]]  # this process makes one run at a time
     if "small" in args.flags:
         builder.build_backbone = small_resnet
     argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", *args.flags, *run["flags"],
@@ -479,7 +481,7 @@ def main(argv=None):
     for name, (below, recipe) in CPU.items():
         own = argparse.Namespace(**vars(args) | recipe)
         own.data, own.output = str(Path(args.data, below)), args.output / name
-        own.flags, own.grid = [*recipe["flags"], *args.flags], args.grid or recipe["grid"]
+        own.flags, own.grid = [*recipe["flags"], *args.flags], args.grid or ["coarse"]
         failed += run_grids(own)
     sys.exit(failed > 0)
 
