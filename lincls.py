@@ -276,8 +276,8 @@ def train_net(net, train, labelled, val, args):
     trained = DistributedDataParallel(backbone) if args.finetune else backbone
 
     def save_run():
-        pretrain.save_checkpoint(args, run, net, optimizer, log, scaler=scaler.state_dict(),
-                                 digest=data_digest, begun=begun, classes=train.classes)
+        pretrain.save_checkpoint(args, run, net, optimizer, scaler, log, digest=data_digest,
+                                 begun=begun, classes=train.classes)
 
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]

@@ -61,6 +61,7 @@ EVALUATION_BATCH, EVALUATION_BATCH_OF_FILES = 512, 64  # files wait in shared me
 SPREAD_UP_TO = 4096  # prototypes; the cost of centroids far apart grows with their square
 NEIGHBOURS = 20  # of the kNN monitor
 DROP = 0.1  # of the learning rate at each epoch of --schedule
+LEAST_SCALE = 2 ** -14  # of fp16's losses: every step that is skipped halves it, from 2 ** 16
 DAY = timedelta(days=1)
 
 
@@ -230,8 +231,8 @@ def main_worker(args):
 
     def save_run(name="checkpoint.pth"):
         state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
-        save_checkpoint(args, state, ddp, optimizer, log, name, scaler=scaler.state_dict(),
-                        digest=train.digest, bn_groups=bn_groups(args))
+        save_checkpoint(args, state, ddp, optimizer, scaler, log, name, digest=train.digest,
+                        bn_groups=bn_groups(args))
 
     def monitor():
         return knn(builder.backbone_of(model.encoder_q), train, val, args)
@@ -377,8 +378,8 @@ def knn(backbone, train, val, args):
 def nearest(bank, bank_labels, queries, k):
     """The k nearest rows of bank (n, d) to each of queries (m, d), unit rows: cosines and labels,
     both (m, k) or, of a smaller bank, (m, n). Those with a label under 0 are nobody's."""
-    found = []
-    for rows in queries.split(256):
+    found, parts = [], queries.split(256)
+    for rows in bar("neighbours", 0, len(parts), parts, after=10):
         cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
         cosine, index = cosine.topk(min(k, len(bank)), dim=1)
         found.append((cosine, bank_labels[index]))
@@ -1076,9 +1077,12 @@ def lock(folder):
         say(f"{folder}: its file system has no locks; see to it that one run alone writes there")
 
 
-def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **more):
+def save_checkpoint(args, run, model, optimizer, scaler, log, name="checkpoint.pth", **more):
     """Process 0 writes all that a resumed run needs; random numbers are keyed, so there is no
     generator to save."""
+    if scaler.get_scale() < LEAST_SCALE:
+        raise Diverged(f"epoch {run['epoch'] + 1}: no gradient has been finite for many steps",
+                       args)
     finite = [parameter.isfinite().all() for parameter in model.parameters()]
     if not torch.stack(finite).all():
         raise Diverged(f"epoch {run['epoch'] + 1}: the weights are not finite and were not saved",
@@ -1086,7 +1090,8 @@ def save_checkpoint(args, run, model, optimizer, log, name="checkpoint.pth", **m
     if dist.get_rank() == 0:
         save(args.output / name, dict(
             run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
-            optimizer=optimizer.state_dict(), log_size=log.mark(), **more))
+            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), log_size=log.mark(),
+            **more))
     dist.barrier()
 
 

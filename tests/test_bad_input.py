@@ -1,6 +1,7 @@
 """Bad input: one line that names the flag or file and says what works, status 2 for usage and 1 for
 the rest; and what only looks bad is taken."""
 import argparse
+import contextlib
 import datetime
 import os
 import re
@@ -407,6 +408,21 @@ def test_weights_that_are_not_finite_are_not_saved(short, tmp_path, call, monkey
     assert code == 1
     one_line(errors, "epoch 2", "weights are not finite and were not saved", "--lr")
     assert read_checkpoint(tmp_path / "out")["epoch"] == 1
+
+
+@pytest.mark.parametrize("skipped, ends", [(30, False), (31, True)])
+def test_gradients_that_stay_not_finite_end_an_fp16_run(skipped, ends, tmp_path, group):
+    args = pretrain.parse_args(["--output", str(tmp_path)])
+    scaler, net = torch.amp.GradScaler("cpu"), torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 1)
+    for _ in range(skipped):
+        scaler.scale(net(torch.full((1, 1), torch.inf))).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    log, run = types.SimpleNamespace(mark=lambda: 0), dict(epoch=2)
+    with pytest.raises(pretrain.Diverged, match="epoch 3") if ends else contextlib.nullcontext():
+        pretrain.save_checkpoint(args, run, net, optimizer, scaler, log)
+    assert (tmp_path / "checkpoint.pth").exists() != ends
 
 
 def test_embeddings_that_are_not_finite_name_the_epoch(few, tmp_path, call, monkeypatch):
