@@ -808,19 +808,19 @@ def name_of_start(store, rank, world_size):
     """A name that all processes of this start share, and none of an earlier one: torchrun's store
     outlives a restart, and its agents' own counts differ.
 
-    Each process leaves a word of its own. The name is all of them, once all have read the same: so
-    none of a process that has died is among them.
+    Each process leaves a word of its own. The name is made of all of them, once all have read the
+    same: so none of a process that has died is among them.
     """
     words = [f"word of {other}" for other in range(world_size)]
     store.set(words[rank], uuid.uuid4().hex)
     store.wait(words)
     name = None
     while True:
-        read = b" ".join(store.multi_get(words)).decode()
+        read = f"start {loader.seed_of(*store.multi_get(words)):x}"
         if read != name:
             name = read
-            store.set(f"{name}: read by {rank}", "")
-        if store.check([f"{name}: read by {other}" for other in range(world_size)]):
+            store.set(f"{name}, read by {rank}", "")
+        if store.check([f"{name}, read by {other}" for other in range(world_size)]):
             return name
         time.sleep(0.1)
 
