@@ -3,6 +3,7 @@
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
     python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
                                                                     # 24 runs of 2 or 10 min a core
+    python tests/study.py --data DIR --cpu fashionmnist --grid weights terms warmup
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
@@ -87,7 +88,7 @@ def parse_args(argv=None):
     add("--images", type=int, default=54_000, help="training images")
     add("--val-images", type=int, default=4000, help="held-out images")
     add("--steps", type=int, default=600, help="of a run on the hierarchy")
-    add("--cpu", action="store_true", help="what two cores can do of two data sets, in hours")
+    add("--cpu", nargs="*", choices=CPU, help="what two cores can do in hours, of both or of one")
     add("--test", action="store_true", help="read the test set")
     add("--output", type=Path, default=Path("study"))
     add("--plot", action="store_true", help="only draw what OUTPUT holds")
@@ -128,6 +129,7 @@ def grids():
                          | weights() | alone() | left_out(), [P])
     return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
                 few=moco | methods(["4"]), queue=queues(["10", "40"]),
+                warmup=variants(warmups(), ["10", "40"]),
                 weights=variants(weights(), ["10", "40"]),
                 terms=variants(alone() | left_out(), ["10", "40"]),
                 forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
@@ -474,11 +476,12 @@ def main(argv=None):
         return plot(args)
     pretrain.parse_args(args.flags)  # wrong ones end here
     signal.signal(signal.SIGTERM, end)
-    if not args.cpu:
+    if args.cpu is None:
         args.grid = args.grid or ["main"]
         sys.exit(run_grids(args) > 0)
     failed = 0
-    for name, (below, recipe) in CPU.items():
+    for name in args.cpu or CPU:
+        below, recipe = CPU[name]
         own = argparse.Namespace(**vars(args) | recipe)
         own.data, own.output = str(Path(args.data, below)), args.output / name
         own.flags, own.grid = [*recipe["flags"], *args.flags], args.grid or ["coarse"]
