@@ -2,7 +2,7 @@
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
     python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
-                                                                    # 24 runs of 2 or 10 min a core
+                                                                    # 24 runs of 2 or 11 min a core
     python tests/study.py --data DIR --cpu fashionmnist --grid weights terms warmup
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
