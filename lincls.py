@@ -112,7 +112,7 @@ def main_worker(args):
         features = extract(builder.backbone_of(net), train, val, args)
         if dist.get_rank() == 0:
             evaluate_features(features, train, val, subsets, args)
-        dist.barrier()  # torchrun's other nodes may keep the store for the first
+        dist.barrier()  # a node that ends before may take torchrun's store with it
     elif args.evaluate:
         report(args, "evaluate", validate(net, val, args))
     else:
@@ -353,9 +353,9 @@ def percent(hits, total):
 
 
 def check_protocols(args, train, val, subsets):
-    if args.cluster is not None and (args.cluster or train.num_classes) > len(val):
-        raise UsageError(f"--cluster {args.cluster or train.num_classes}: more than val's "
-                         f"{len(val)} images")
+    clusters = args.cluster or train.num_classes
+    if args.cluster is not None and clusters > len(val):
+        raise UsageError(f"--cluster {clusters}: more than val's {len(val)} images")
     for _, rows in subsets if args.shots else ():
         if max(args.shots) > train.labels[rows].bincount(minlength=train.num_classes).min():
             raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
@@ -382,10 +382,11 @@ def evaluate_features(features, train, val, subsets, args):
 def extract(backbone, train, val, args):
     """The features of both sets, float32 on the CPU of the first process, which alone returns them;
     --features keeps them with labels and names, or has them. 10 GB for ImageNet and a ResNet-50."""
-    path, first = args.features, dist.get_rank() == 0
-    # Of a folder the digest is that of its names alone.
-    folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
-    of = [digest(backbone), train.digest, val.digest, folder, args.crop_size, args.bits, args.amp]
+    path, first, of = args.features, dist.get_rank() == 0, None
+    if path and first:  # of a folder the digest is that of its names alone
+        folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
+        of = [digest(backbone), train.digest, val.digest, folder, args.crop_size, args.bits,
+              args.amp]
     there = torch.tensor([bool(path and path.exists())], device=args.device)
     if builder.gather(there)[0]:  # as the first process sees it
         features = pretrain.load(path) if first else None

@@ -204,8 +204,9 @@ def _folder(root, classes, bits):
         where = f"in the class folders of {train}" if labelled else "at any depth"
         kinds = " ".join(sorted(_extensions()))
         raise FileError(shown(f"{train}: holds no image {where}; these are read: {kinds}"))
-    empty = sorted({*map(_composed, _visible(next(os.walk(train))[1]))} - images.keys())
-    if empty and labelled:
+    below = _visible(next(os.walk(train))[1]) if labelled else ()
+    empty = sorted({*map(_composed, below)} - images.keys())
+    if empty:
         notes.append(f"{train}: no images of their own in {len(empty)} folders: "
                      f"{', '.join(empty[:5])}")
     if loose and labelled:
@@ -644,7 +645,8 @@ class Views:
 def check(data):
     """A TypeError says what of the protocol of data sets (above) this one lacks."""
     need = ["__len__", "labels", "num_classes", "classes", "names", "statistics", "digest", "notes"]
-    missing = [name for name in need if not hasattr(data, name)]
+    # The class first: a property there, as the names of a million files, is not evaluated.
+    missing = [name for name in need if not (hasattr(type(data), name) or hasattr(data, name))]
     if not hasattr(data, "images") and not hasattr(data, "__getitem__"):
         missing.append("images or __getitem__")
     if missing:
