@@ -252,7 +252,7 @@ def train_net(net, train, labelled, val, args):
     pretrain.fit_batch(args, len(labelled), DEFAULTS[args.dataset]["batch_size"])
     pretrain.lock(args.output)
     data_digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
-    log_size, checkpoint = pretrain.open_output(args, data_digest, FIXED)
+    log_size, checkpoint = pretrain.open_output(args, data_digest, len(labelled), FIXED)
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
     groups = [dict(params=fc.parameters())]
     if args.finetune:
@@ -263,10 +263,10 @@ def train_net(net, train, labelled, val, args):
                              dist.get_world_size())
     augment = loader.Augment("crop", args.crop_size, train.statistics, args.flip)
     views = loader.Views(train, batches, augment, args.device, 1, args.min_scale, args.workers)
-    begun = digest(backbone)
+    begun = digests(backbone)
     run = dict(epoch=0, step=0, steps=len(batches), best=0.0, loss=math.nan)
     if checkpoint:
-        if checkpoint["begun"] != begun:
+        if moved(checkpoint["begun"], backbone):
             raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
                              f"was begun on; give that one, or start another --output")
         pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
@@ -282,8 +282,8 @@ def train_net(net, train, labelled, val, args):
     while run["epoch"] < args.epochs:
         epoch = run["epoch"]
         train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, save_run)
-        if not args.finetune and digest(backbone) != begun:
-            raise RuntimeError("the frozen backbone moved")
+        if not args.finetune and moved(begun, backbone):
+            raise RuntimeError(f"the frozen backbone moved: {moved(begun, backbone)[0]}")
         figures = validate(net, val, args)
         run.update(epoch=epoch + 1, step=0, best=max(run["best"], figures["top1"]))
         figures["best"] = run["best"]
@@ -321,12 +321,15 @@ def set_learning_rates(optimizer, run, args):
     return args.lr * left
 
 
-def digest(backbone):
-    """A short text that differs for other weights."""
-    weights = hashlib.blake2b(digest_size=8)
-    for x in backbone.state_dict().values():
-        weights.update(x.cpu().numpy().tobytes())
-    return weights.hexdigest()
+def digests(backbone):
+    """{tensor's name: a short text that differs for other values}."""
+    return {name: hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=8).hexdigest()
+            for name, x in backbone.state_dict().items()}
+
+
+def moved(begun, backbone):
+    """The tensors that are no longer as their digests say."""
+    return [name for name, digest in digests(backbone).items() if digest != begun[name]]
 
 
 @torch.inference_mode()
@@ -385,7 +388,7 @@ def extract(backbone, train, val, args):
     path, first, of = args.features, dist.get_rank() == 0, None
     if path and first:  # of a folder the digest is that of its names alone
         folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
-        of = [digest(backbone), train.digest, val.digest, folder, args.crop_size, args.bits,
+        of = [digests(backbone), train.digest, val.digest, folder, args.crop_size, args.bits,
               args.amp]
     there = torch.tensor([bool(path and path.exists())], device=args.device)
     if builder.gather(there)[0]:  # as the first process sees it

@@ -198,7 +198,7 @@ def main_worker(args):
     lock(args.output)
     train, val = open_data(args)
     fit(args, len(train))
-    log_size, checkpoint = open_output(args, train.digest)
+    log_size, checkpoint = open_output(args, train.digest, len(train))
     torch.manual_seed(args.seed)
     small_images = args.crop_size < loader.SMALL_CROP
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp, small_images,
@@ -615,9 +615,9 @@ FREE = ("output", "resume", "workers", "device", "nproc", "world_size", "rank", 
         "kmeans_threads")
 
 
-def open_output(args, digest, fixed=FIXED):
-    """Read the checkpoint to go on from, of images with this digest. Returns the log's size then,
-    and the checkpoint; of a fresh start 0 and None."""
+def open_output(args, digest, num_images, fixed=FIXED):
+    """Read the checkpoint to go on from, of so many images with this digest. Returns the log's size
+    then, and the checkpoint; of a fresh start 0 and None."""
     own = args.output / "checkpoint.pth"
     in_use = own.exists() or own.with_suffix(".prev.pth").exists()
     path = own if args.resume in (None, "auto") else Path(args.resume)
@@ -636,11 +636,11 @@ def open_output(args, digest, fixed=FIXED):
         return 0, None
     if not ours:
         raise UsageError(f"--resume {path}: not a checkpoint of this script")
-    check_resume(args, checkpoint, digest, fixed, path)
+    check_resume(args, checkpoint, digest, num_images, fixed, path)
     return (checkpoint["log_size"] if in_use else 0), checkpoint
 
 
-def check_resume(args, checkpoint, digest, fixed, path):
+def check_resume(args, checkpoint, digest, num_images, fixed, path):
     """Refuse to go on with another model or other data, and say what else has changed."""
     now, then = plain(args), checkpoint["args"]
     if not {*fixed} <= then.keys():
@@ -652,8 +652,8 @@ def check_resume(args, checkpoint, digest, fixed, path):
         raise UsageError(f"--resume {path}: was made with {', '.join(broken)}; resume it with the "
                          f"same")
     if checkpoint["digest"] != digest:
-        raise UsageError(f"--resume {path}: was made on other images; give it those, or start "
-                         f"another --output")
+        raise UsageError(f"--resume {path}: was made on other images than these {num_images}; give "
+                         f"it those, or start another --output")
     told = [changed[name] for name in changed if name not in FREE]
     if told:
         say(f"resumed with other flags than {', '.join(told)}")

@@ -332,7 +332,7 @@ def test_a_resume_on_as_many_other_images_is_refused(same, run, short, tmp_path,
         assert code == 0, errors
     else:
         assert code == 2
-        one_line(errors, "was made on other images")
+        one_line(errors, "other images than these 352")
 
 
 def test_an_output_folder_in_use_is_refused_and_left_as_it_is(run, short, call):
