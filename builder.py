@@ -1,12 +1,10 @@
 """The momentum-queue model (MoCo, arXiv 1911.05722): two encoders, a queue, shuffled BN, gathering
-across processes.
+across processes; and reading a backbone out of any checkpoint.
 
 A process group must exist, also for one process. Shapes: n images of this process, N of all of
 them, C dimensions, Q queue length.
 """
 import copy
-import difflib
-import re
 
 import torch
 import torch.distributed as dist
@@ -14,14 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision import models
 
+from loader import UsageError
+
 HEAD = "fc"  # what torchvision, and so MoCo's checkpoints, call the last layer
 EMPTY, UNKNOWN = -1, -2  # in place of the index of a queued key's image
-
-
-class UsageError(ValueError):
-    """Something that the user is to mend, said in one line."""
-
-    status = 2
 
 
 # --------------------------------------------------------------------------------------- encoders
@@ -36,11 +30,8 @@ def build_backbone(arch, small_images=False, bn_splits=1):
     A network of one's own goes here: all else asks for is that its last layer is called `fc`, and
     is the identity.
     """
-    known = models.list_models(module=models)
-    if arch not in known:
-        close = difflib.get_close_matches(arch, known, n=1) or ["resnet50"]
-        raise UsageError(f"--arch {arch}: torchvision has no such classifier; did you mean "
-                         f"{close[0]}?")
+    if arch not in models.list_models(module=models):
+        raise UsageError(f"--arch {arch}: no classifier of torchvision's, as resnet50 is")
     net = models.get_model(arch)
     head = getattr(net, HEAD, None)
     if not isinstance(head, nn.Linear) or hasattr(net, "aux_logits"):
@@ -117,47 +108,38 @@ def tensors(checkpoint):
     return found
 
 
-def load_backbone(encoder, checkpoint, network="this network"):
-    """Load an encoder's weights but for its head from whatever `torch.load` gave. network: what it
-    is called where they are those of another.
+def load_backbone(encoder, checkpoint, path, arch):
+    """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`.
 
     The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
-    checkpoints, this project's, torchvision's weights, and many others; also where its layers were
-    put into an nn.Sequential, which numbers them. Returns the prefix. Raises UsageError, which says
-    what is missing or too much.
+    checkpoints, this project's, torchvision's weights, and many others. Returns the prefix. Raises
+    UsageError, which says what is missing or too much of the encoder's `arch`.
     """
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
-    number = {child: str(i) for i, (child, _) in enumerate(encoder.named_children())}
-    named = [*wanted]
-    numbered = [re.sub(r"^\w+", lambda top: number.get(top[0], top[0]), name) for name in named]
-    places = []
-    for names in (named, numbered):
-        ends = [name for name in state if name.endswith(names[0])]
-        for prefix in [name.removesuffix(names[0]) for name in ends]:
-            held = sum(prefix + name in state for name in names)
-            leads = not any(word in prefix for word in FOLLOWERS)
-            if names is named or 2 * held > len(names):
-                places.append((held, leads, prefix, names))
-    if not places:
-        first = next(iter(wanted)).removesuffix(".weight")
-        raise UsageError(f"holds no backbone with a layer {first}; give a checkpoint of PAUC, MoCo "
-                         f"or PCL, a backbone.pth, or weights of torchvision")
-    _, _, prefix, names = max(places, key=lambda place: place[:2])  # the first of the best
-    known = [prefix + name for name in names]
-    found = {ours: state[its] for ours, its in zip(wanted, known) if its in state}
-    missing = [name for name in wanted if name not in found and "num_batches" not in name]
-    wrong = [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
-             for name, x in found.items() if x.shape != wanted[name].shape]
-    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in names})
-    more = [name for name in state.keys() - known if name.startswith(layers)
-            and name.endswith((".weight", ".bias"))]
-    if missing or wrong or more:
-        what = [f"{name} is missing" for name in missing] + wrong
-        what += [f"{name} is one too many" for name in sorted(more)]
-        raise UsageError(f"its weights are not those of {network} ({what[0]}); name the --arch and "
-                         f"--crop-size that it was trained with")
+    first = next(iter(wanted))
+    prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
+    if not prefixes:
+        raise UsageError(f"{path}: holds no backbone with a tensor {first}; give a checkpoint of "
+                         f"PAUC, MoCo or PCL, a backbone.pth, or weights of torchvision")
+
+    def places(prefix):
+        leads = not any(word in prefix for word in FOLLOWERS)
+        return sum(prefix + name in state for name in wanted), leads
+    prefix = max(prefixes, key=places)  # the first of the best
+    found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    wrong = [f"{name} is missing" for name in wanted
+             if name not in found and "num_batches" not in name]
+    wrong += [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
+              for name, x in found.items() if x.shape != wanted[name].shape]
+    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in wanted})
+    known = {prefix + name for name in wanted}
+    wrong += sorted(f"{name} is one too many" for name in state.keys() - known
+                    if name.startswith(layers) and name.endswith((".weight", ".bias")))
+    if wrong:
+        raise UsageError(f"{path}: its weights are not those of --arch {arch} ({wrong[0]}); name "
+                         f"the --arch and --crop-size that it was trained with")
     if not all(x.isfinite().all() for x in found.values()):
-        raise UsageError("its weights are not finite: that run has diverged")
+        raise UsageError(f"{path}: its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)
     return prefix
 
@@ -221,12 +203,6 @@ class MoCo(nn.Module):
         self.queue[:, columns[-size:]] = k[-size:].T
         self.queue_index[columns[-size:]] = index[-size:].to(k.device, non_blocking=True)
         self.queue_ptr.add_(len(k)).remainder_(size)
-
-    def _load_from_state_dict(self, state, prefix, *rest):
-        if prefix + "queue" in state:  # MoCo's own is full, and does not say of which images
-            unknown = torch.full_like(self.queue_index, UNKNOWN)
-            state.setdefault(prefix + "queue_index", unknown)
-        super()._load_from_state_dict(state, prefix, *rest)
 
 
 # ------------------------------------------------------------------------------- across processes

@@ -8,12 +8,11 @@
     python lincls.py --pretrained output/checkpoint.pth --neighbours 8      # a picture to look at
 
 The flags of the fourth line work on the features of the frozen backbone: however many are given,
-each image goes through it once, and --features FILE keeps what came out.
+each image goes through it once. OUTPUT/results.jsonl has a line for each result.
 """
 import argparse
-import hashlib
-import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -21,27 +20,28 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.nn.parallel import DistributedDataParallel
 
 import builder
 import loader
 import pretrain
-from pretrain import UsageError, bar, generator, natural_float, part, positive, say
+from loader import UsageError, generator
+from pretrain import bar, natural_float, positive, say
 
 # The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
-IMAGENET = dict(lr=30.0, epochs=100, schedule=[60, 80], min_scale=0.08, flip=True, batch_size=256)
+IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True, batch_size=256)
 SMALL = IMAGENET | dict(lr=0.03)
-DIGITS = dict(lr=0.3, epochs=30, schedule=[18, 24], min_scale=0.8, flip=False, batch_size=64)
+DIGITS = dict(lr=0.3, epochs=30, min_scale=0.8, flip=False, batch_size=64)
 DEFAULTS = dict.fromkeys(loader.DATASETS, SMALL) | dict(folder=IMAGENET, digits=DIGITS)
 # SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
-FINETUNE = dict(epochs=20, schedule=[12, 16], lr=0.2, backbone_lr=0.01)
+FINETUNE = dict(epochs=20, lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
 FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
-FINETUNE_DROP = 0.2  # of the learning rates at each epoch of --schedule
+MILESTONES = 0.6, 0.8  # of the epochs, where no --schedule says: MoCo's 60 and 80 of 100
+FINETUNE_DROP = 0.2  # of the learning rates at each of them
 FIXED = "dataset", "arch", "crop_size", "batch_size", "finetune"
 L2 = [10.0 ** -exponent for exponent in range(7)]
 SVM = dict(C=0.5, dual=True, max_iter=2000, random_state=0)
-KMEANS = dict(kmeans_iters=100, kmeans_restarts=1, kmeans_init="auto", temperature=1.0)
+KMEANS = dict(kmeans_iters=100, kmeans_restarts=1, temperature=1.0)
 STARTS = 5  # of k-means
 ROW, TILE, GAP, FRAME = 8, 40, 4, 2  # of a picture: neighbours in a row, and pixels
 
@@ -57,19 +57,19 @@ def parse_args(argv=None):
     add("--knn", type=positive(int), nargs="*", metavar="K", help="nearest neighbours (20)")
     add("--knn-temperature", type=positive(float), default=0.07)
     add("--shots", type=positive(int), nargs="+", metavar="N", help="SVMs on N labels a class")
-    add("--runs", type=positive(int), default=5, help="draws of --shots")
+    add("--runs", type=positive(int), default=20, help="draws of --shots; PCL: 5")
     add("--logreg", action="store_true", help="logistic regression")
     add("--cluster", type=positive(int), nargs="?", const=0, metavar="P",
         help="k-means of val (default: as many as there are classes)")
     add("--neighbours", type=positive(int), metavar="N", help="draw neighbours and prototypes")
-    add("--features", type=Path, metavar="FILE", help="keep the features there, and reuse them")
     add("--finetune", action="store_true", help="train the whole network")
     add("--backbone-lr", type=natural_float, help="of --finetune")
-    add("--label-fraction", type=part, nargs="+", metavar="PART", help="of each class's labels")
-    add("--label-list", type=Path, metavar="FILE",
-        help="names of the labelled images, one a line: read if it exists, else written")
+    add("--label-fraction", type=positive(float), nargs="+", metavar="PART",
+        help="of each class's labels")
+    add("--label-list", type=Path, metavar="FILE", help="names of the labelled images, one a line")
     add("--crop-size", type=positive(int), help="pixels")
-    add("--min-scale", type=part, help="least part of an image in a random crop (default: 0.08)")
+    add("--min-scale", type=positive(float),
+        help="least part of an image in a random crop (default: 0.08)")
     add("--output", type=Path, help="default: lincls/ beside the checkpoint, or the probe's")
     pretrain.add_common(add)
     parser.set_defaults(wd=0.0)
@@ -77,81 +77,78 @@ def parse_args(argv=None):
     beside = args.pretrained.parent / "lincls" if args.pretrained else args.evaluate.parent
     args.output = args.output or beside
     args.knn = [20] if args.knn == [] else args.knn
-    flags = args.knn, args.shots, args.logreg, args.neighbours, args.features
+    flags = args.knn, args.shots, args.logreg, args.neighbours
     args.on_features = any(flags) or args.cluster is not None
-    if "--cos" in (args.ignored or ()):
-        parser.error("--cos: the rates here fall at the epochs of --schedule")
     if args.finetune and (args.on_features or args.evaluate):
         parser.error("--finetune: goes with --pretrained, and not with flags on frozen features")
-    if len(args.label_fraction or ()) > 1 and (args.label_list or not args.on_features):
-        parser.error("--label-fraction: one at a time for --label-list and for what is trained in "
-                     "epochs, each with an --output of its own")
+    if len(args.label_fraction or ()) > 1 and not args.on_features:
+        parser.error("--label-fraction: one at a time for what is trained in epochs, each with an "
+                     "--output of its own")
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    try:
-        adopt(args, pretrain.load(args.pretrained or args.evaluate))
-    except UsageError as error:
-        pretrain.fail(error)
-    batch_size = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
-    # How many images a process has is of no matter but to BN in train mode.
-    pretrain.launch(main_worker, args, batch_size if args.finetune else None)
+    pretrain.launch(main_worker, parse_args(argv))
 
 
 def main_worker(args):
-    if dist.get_rank() == 0:
-        pretrain.make_folder(args.output)
+    source = pretrain.load(args.pretrained or args.evaluate)
+    settle(args, source)
+    held = pretrain.lock(args.output)
     train, val = pretrain.open_data(args)
     check_labels(args, train, val)
-    net = load_net(args, train)
+    pretrain.settle_machine(args, (train, val))
+    net = load_net(args, source, train)
     subsets = label_subsets(args, train)
     if args.on_features:
-        check_protocols(args, train, val, subsets)
-        features = extract(builder.backbone_of(net), train, val, args)
+        features = [extract(builder.backbone_of(net), data, args) for data in (train, val)]
         if dist.get_rank() == 0:
-            evaluate_features(features, train, val, subsets, args)
+            evaluate_features(*features, train, val, subsets, args)
         dist.barrier()  # a node that ends before may take torchrun's store with it
     elif args.evaluate:
         report(args, "evaluate", validate(net, val, args))
     else:
         (_, rows), = subsets
         train_net(net, train, torch.arange(len(train))[rows], val, args)
+    held.close()
 
 
 # ------------------------------------------------------------------------------ what is evaluated
 
 
-def adopt(args, source):
-    """Take what no flag says from the checkpoint, else from the data set's defaults."""
-    then = source.get("args") if "digest" in source else None
-    if not isinstance(then, dict) or then.get("dataset") not in loader.DATASETS:
+def settle(args, source):
+    """What no flag says: by the checkpoint, which belongs to a run of ours or not, the data set's
+    defaults and the machine."""
+    then = source.get("args")
+    if not isinstance(then, dict) or "statistics" not in then:
         then = {}  # MoCo's and PCL's say the arch alone
-    its_dir = then.get("dir") if then.get("dataset") != "digits" else None
-    same_dir = not args.dir or its_dir and Path(args.dir).resolve() == Path(its_dir).resolve()
+    same_dir = not args.dir or os.path.abspath(args.dir) == then.get("dir")
     args.dataset = args.dataset or (then.get("dataset") if same_dir else "folder") or "digits"
     if same_dir and args.dataset == then.get("dataset"):
-        args.dir, args.classes = its_dir, args.classes or then["classes"]
-        args.bits = min(args.bits, then["bits"])
-    args.dir = args.dir or "data"
+        args.dir, args.classes = then["dir"], args.classes or then["classes"]
+    args.dir = os.path.abspath(args.dir or "data")
     usual = pretrain.DEFAULTS[args.dataset]
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
     its_arch = source.get("arch")
     args.arch = args.arch or (its_arch if isinstance(its_arch, str) else usual["arch"])
+    args.statistics = then.get("statistics", loader.IMAGENET_STATISTICS)
+    epoch = source.get("epoch")
+    args.pretrained_epochs = epoch if isinstance(epoch, int) else None
 
 
-def adopt_schedule(args, labelled):
-    """Take the defaults of what is trained, with such a part of the labels."""
+def settle_training(args, labelled, total):
+    """The defaults of what is trained, with so many of all the labels."""
     usual = SMALL if args.dataset == "folder" and args.small_images else DEFAULTS[args.dataset]
     if args.finetune:
-        large = FINETUNE_1_PERCENT if labelled < 0.05 else FINETUNE
+        large = FINETUNE_1_PERCENT if labelled < 0.05 * total else FINETUNE
         usual = usual | (FINETUNE_SMALL if args.small_images else large)
     for name, value in usual.items():
         if name != "batch_size" and getattr(args, name) is None:
             setattr(args, name, value)
+    args.schedule = args.schedule or [round(part * args.epochs) for part in MILESTONES]
+    pretrain.fit_batch(args, labelled, usual["batch_size"])
 
 
 def check_labels(args, train, val):
@@ -161,13 +158,9 @@ def check_labels(args, train, val):
         raise UsageError(f"{args.dir}: a probe needs labels, DIR/train/CLASS/* and "
                          f"DIR/val/CLASS/*; put the images of each class into a folder of its "
                          f"name, in both")
-    if getattr(val, "unknown_classes", None):
-        names = loader.shown(", ".join(val.unknown_classes))
-        raise UsageError(f"{args.dir}: val has classes that train has not, rename or remove them: "
-                         f"{names}")
 
 
-def load_net(args, train):
+def load_net(args, source, train):
     """The classifier in eval mode: the checkpoint's backbone, and a linear layer that is new or,
     with --evaluate, the saved probe's, if it is of these classes."""
     path = args.pretrained or args.evaluate
@@ -176,18 +169,17 @@ def load_net(args, train):
     fc = nn.Linear(width, train.num_classes)
     nn.init.normal_(fc.weight, std=0.01)
     nn.init.zeros_(fc.bias)
-    net, source = builder.with_head(backbone, fc), pretrain.load(path)
-    prefix = pretrain.load_backbone(net, source, path, args.arch, args.small_images)
+    net = builder.with_head(backbone, fc)
+    prefix = builder.load_backbone(net, source, path, args.arch)
+    say(f"model   {args.arch}, {pretrain.crops(args)}; {path}: {prefix}*")
     if args.evaluate and not args.on_features:
         state = builder.tensors(source)
-        saved = {name: state.get(f"{prefix}{builder.HEAD}.{name}") for name in fc.state_dict()}
+        saved = {name: state.get(f"state_dict.{builder.HEAD}.{name}") for name in fc.state_dict()}
         if saved["weight"] is None or saved["weight"].shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: not a probe of {train.num_classes} classes, "
                              f"saved by this script")
-        for ours, its in zip(train.classes, source.get("classes") or ()):
-            if ours != its:
-                raise UsageError(loader.shown(f"--evaluate {path}: is a probe of other classes: "
-                                              f"{its}, where there is {ours} here"))
+        if source.get("classes") != train.classes:
+            raise UsageError(f"--evaluate {path}: is a probe of other classes than these")
         fc.load_state_dict(saved)
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
@@ -196,37 +188,27 @@ def load_net(args, train):
 
 
 def label_subsets(args, train):
-    """The labelled images: a list of what chose them, for the log, and their rows.
+    """The labelled images: a list of what chose them, for the results, and their rows.
 
     Each class's are drawn in an order that depends on the seed alone: 1 % is a part of 10 %.
     """
-    path = args.label_list
-    if path and path.exists():
-        if args.label_fraction:
-            say(f"--label-list {path}: exists and is read; --label-fraction has no use")
-        return [(dict(label_list=str(path)), read_label_list(path, train.names))]
+    if args.label_list:
+        rows = read_label_list(args.label_list, train.names)
+        return [(dict(label_list=str(args.label_list)), rows)]
     if not args.label_fraction:
-        if path:
-            raise UsageError(f"--label-list {path}: does not exist; --label-fraction makes it")
         return [({}, slice(None))]
     orders, subsets = draw(train.labels, args.seed, "labels"), []
     for fraction in args.label_fraction:
         rows = [order[:max(1, round(fraction * len(order)))] for order in orders]
         subsets.append((dict(label_fraction=fraction), torch.cat(rows).sort().values))
-    if path:
-        dist.barrier()  # all have seen that it is not there
-        names = train.names
-        write(path, "w", "".join(f"{names[i]}\n" for i in subsets[0][1]))
     return subsets
 
 
 def draw(labels, *seed):
-    """The rows of each class, shuffled; those without a label, -1, are left out."""
-    known = (labels >= 0).sum()
-    rows = labels.argsort(stable=True)[len(labels) - known:]
-    classes = rows.split(labels[rows].bincount().tolist())
-    return [own[torch.randperm(len(own), generator=generator("cpu", *seed, label))]
-            for label, own in enumerate(classes)]
+    """The rows of each class, shuffled."""
+    rows = labels.argsort(stable=True).split(labels.bincount().tolist())
+    return [own[torch.randperm(len(own), generator=generator(*seed, label))]
+            for label, own in enumerate(rows)]
 
 
 def read_label_list(path, names):
@@ -248,88 +230,80 @@ def train_net(net, train, labelled, val, args):
     """MoCo's linear probe (arXiv 1911.05722, section 4.1): a linear layer on the frozen backbone.
     --finetune: the whole network, BN in train mode over each process's part of the batch (SwAV's
     over all of it). labelled: the training images (n,) to use."""
-    adopt_schedule(args, len(labelled) / len(train))
-    pretrain.fit_batch(args, len(labelled), DEFAULTS[args.dataset]["batch_size"])
-    pretrain.lock(args.output)
-    data_digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
-    log_size, checkpoint = pretrain.open_output(args, data_digest, len(labelled), FIXED)
+    checkpoint = pretrain.read_own(args)
+    settle_training(args, len(labelled), len(train))
+    digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
     groups = [dict(params=fc.parameters())]
     if args.finetune:
         groups.append(dict(params=backbone.parameters()))
     optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.finetune and args.amp == "fp16")
-    batches = loader.Batches(labelled, args.batch_size, args.seed, dist.get_rank(),
-                             dist.get_world_size())
-    augment = loader.Augment("crop", args.crop_size, train.statistics, args.flip)
-    views = loader.Views(train, batches, augment, args.device, 1, args.min_scale, args.workers)
-    begun = digests(backbone)
-    run = dict(epoch=0, step=0, steps=len(batches), best=0.0, loss=math.nan)
+    augment = loader.Augment("crop", args.crop_size, args.statistics, args.flip)
+    views = loader.Views(train, labelled, args.batch_size, augment, args.seed, 1, args.min_scale,
+                         args.workers, dist.get_rank(), dist.get_world_size())
+    run = dict(epoch=0, step=0, steps=len(views), best=0.0, loss=math.nan)
     if checkpoint:
-        if moved(checkpoint["begun"], backbone):
+        pretrain.check_resume(args, checkpoint, digest, train.digest_of, FIXED)
+        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
+        if not args.finetune and moved(before, backbone):
             raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
                              f"was begun on; give that one, or start another --output")
-        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
     del checkpoint
-    log = pretrain.Log(args, log_size, run)
-    trained_fc = DistributedDataParallel(fc)
-    trained = DistributedDataParallel(backbone) if args.finetune else backbone
+    log = pretrain.Log(args, run)
+    trained_fc = pretrain.distributed(fc)
+    trained = pretrain.distributed(backbone) if args.finetune else backbone
 
     def save_run():
-        pretrain.save_checkpoint(args, run, net, optimizer, scaler, log, digest=data_digest,
-                                 begun=begun, classes=train.classes)
+        pretrain.save_checkpoint(args.output / "checkpoint.pth", args, run, net, optimizer, scaler,
+                                 log, digest=digest, classes=train.classes)
 
-    while run["epoch"] < args.epochs:
-        epoch = run["epoch"]
-        train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, save_run)
-        if not args.finetune and moved(begun, backbone):
-            raise RuntimeError(f"the frozen backbone moved: {moved(begun, backbone)[0]}")
-        figures = validate(net, val, args)
-        run.update(epoch=epoch + 1, step=0, best=max(run["best"], figures["top1"]))
-        figures["best"] = run["best"]
-        log.epoch(dict(epoch=epoch + 1, step=(epoch + 1) * run["steps"], **figures), run, args)
-        save_run()
+    with pretrain.signals() as caught:
+        while run["epoch"] < args.epochs:
+            train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, caught,
+                        save_run)
+            if not args.finetune and moved(before, backbone):
+                raise RuntimeError(f"the frozen backbone moved: {moved(before, backbone)[0]}")
+            figures = validate(net, val, args)
+            best = max(run["best"], figures["top1"])
+            run.update(epoch=run["epoch"] + 1, step=0, best=best)
+            line = log.epoch(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
+                                  **figures, best=best), run, args)
+            save_run()
+            say(line)
     log.close()
+    report(args, "finetune" if args.finetune else "linear", dict(figures, best=best),
+           epochs=args.epochs, images=len(labelled))
 
 
-def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, save_run):
+def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, save_run):
     """The rest of the run's epoch. A frozen backbone stays in eval mode: BN in train mode would
     take the batch's statistics and move its running ones, even without gradient, and a frozen
     backbone is to be a function of the image alone."""
     backbone.train(args.finetune)
-    with pretrain.stop.after_a_step(), log.progress(run, args):
-        for image, _, label in views.epoch(run["epoch"], run["step"]):
-            rate = set_learning_rates(optimizer, run, args)
-            with torch.set_grad_enabled(args.finetune), pretrain.autocast(args):
-                features = backbone(image)
-            logits = fc(features.float())
-            loss = F.cross_entropy(logits, label)
-            accuracy = (logits.argmax(1) == label).float().mean()
-            figures = pretrain.read_report(loss, dict(accuracy=accuracy), run, args)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
-            pretrain.end_step(figures | dict(lr=rate), run, args, log, save_run)
+    log.start_clock()
+    for image, _, label in pretrain.steps_of(views, run, args):
+        epoch = run["epoch"] + run["step"] / run["steps"]
+        left = pretrain.rate_left(epoch, args, FINETUNE_DROP if args.finetune else pretrain.DROP)
+        for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
+            group["lr"] = rate * left
+        with torch.set_grad_enabled(args.finetune), pretrain.autocast(args):
+            features = backbone(image)
+        logits = fc(features.float())
+        loss = F.cross_entropy(logits, label)
+        accuracy = (logits.argmax(1) == label).float().mean()
+        report, number = pretrain.exchange(loss, dict(acc=accuracy), run, caught)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        pretrain.end_step(report | dict(lr=args.lr * left), number, run, args, log, save_run)
 
 
-def set_learning_rates(optimizer, run, args):
-    epoch = run["epoch"] + run["step"] / run["steps"]
-    left = pretrain.steps_down(epoch, args, FINETUNE_DROP if args.finetune else pretrain.DROP)
-    for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
-        group["lr"] = rate * left
-    return args.lr * left
-
-
-def digests(backbone):
-    """{tensor's name: a short text that differs for other values}."""
-    return {name: hashlib.blake2b(x.cpu().numpy().tobytes(), digest_size=8).hexdigest()
-            for name, x in backbone.state_dict().items()}
-
-
-def moved(begun, backbone):
-    """The tensors that are no longer as their digests say."""
-    return [name for name, digest in digests(backbone).items() if digest != begun[name]]
+def moved(before, backbone):
+    """The tensors that are no longer as they were."""
+    return [name for name, x in backbone.state_dict().items() if not torch.equal(x, before[name])]
 
 
 @torch.inference_mode()
@@ -355,89 +329,63 @@ def percent(hits, total):
 # ----------------------------------------------------------------------------- on frozen features
 
 
-def check_protocols(args, train, val, subsets):
-    clusters = args.cluster or train.num_classes
-    if args.cluster is not None and clusters > len(val):
-        raise UsageError(f"--cluster {clusters}: more than val's {len(val)} images")
-    for _, rows in subsets if args.shots else ():
-        if max(args.shots) > train.labels[rows].bincount(minlength=train.num_classes).min():
-            raise UsageError(f"--shots {max(args.shots)}: a class has fewer labelled images")
+def extract(backbone, data, args):
+    """The features of a data set (n, d), float32 on the CPU of the first process, whose alone are
+    used: 10 GB for ImageNet and a ResNet-50."""
+    v = builder.gather(pretrain.embed(backbone, data, args)[0])[:len(data)]
+    return v.cpu() if dist.get_rank() == 0 else None
 
 
-def evaluate_features(features, train, val, subsets, args):
+def evaluate_features(v, v_val, train, val, subsets, args):
     """All protocols asked for, by one process."""
-    num_classes, queries = train.num_classes, (features["val"], val.labels)
+    num_classes, queries = train.num_classes, (v_val, val.labels)
     if args.cluster is not None:
         cluster(*queries, args.cluster or num_classes, args)
     for chosen, rows in subsets:
-        bank = features["train"][rows], train.labels[rows]
+        bank = v[rows], train.labels[rows]
         chosen = dict(images=len(bank[1]), **chosen)
         if args.knn:
-            knn(bank, queries, num_classes, chosen, args)
+            knn(bank, queries, chosen, args)
         if args.shots:
             low_shot(bank, queries, num_classes, chosen, args)
         if args.logreg:
             logreg(bank, queries, num_classes, chosen, args)
     if args.neighbours:
-        draw_neighbours(features, train, val, args)
+        draw_neighbours(v, v_val, train, val, args)
 
 
-def extract(backbone, train, val, args):
-    """The features of both sets, float32 on the CPU of the first process, which alone returns them;
-    --features keeps them with labels and names, or has them. 10 GB for ImageNet and a ResNet-50."""
-    path, first, of = args.features, dist.get_rank() == 0, None
-    if path and first:  # of a folder the digest is that of its names alone
-        folder = str(Path(args.dir).resolve()) if args.dataset == "folder" else None
-        of = [digests(backbone), train.digest, val.digest, folder, args.crop_size, args.bits,
-              args.amp]
-    there = torch.tensor([bool(path and path.exists())], device=args.device)
-    if builder.gather(there)[0]:  # as the first process sees it
-        features = pretrain.load(path) if first else None
-        if first and features.get("of") != of:
-            raise UsageError(f"--features {path}: is of another backbone, data, crop or --amp; "
-                             f"name another file")
-        return features
-    if path and first:
-        pretrain.make_folder(path.parent)
-    features = dict(of=of)
-    for split, data in (("train", train), ("val", val)):
-        v, _ = pretrain.embed(backbone, data, args)
-        v = builder.gather(v)
-        if first:
-            features[split] = v[:len(data)].cpu()
-            features |= {f"{split}_labels": data.labels, f"{split}_names": data.names}
-    if path and first:
-        pretrain.save(path, features)
-    return features
-
-
-def knn(bank, queries, num_classes, chosen, args):
+def knn(bank, queries, chosen, args):
     """The weighted k-nearest-neighbour classifier (arXiv 1805.01978), by cosine."""
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).to(args.device), y.to(args.device))
                               for x, y in (bank, queries))
     near = pretrain.nearest(x, y, x_val, max(args.knn))
     for k in args.knn:
-        top1 = pretrain.vote(*near, y_val, num_classes, k, args.knn_temperature)
+        top1 = pretrain.vote(*near, y_val, k, args.knn_temperature)
         report(args, "knn", dict(knn=top1), k=k, temperature=args.knn_temperature, **chosen)
 
 
 def low_shot(bank, queries, num_classes, chosen, args):
     """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM for each
     class on normalised features, C = 0.5, a class's own images weighing twice, over several draws
-    of N images a class. PCL reports VOC's mAP; with one class an image it is top-1. Of two classes
-    there is one SVM, and no weights."""
+    of N images a class: the mean and its standard error. PCL reports VOC's mAP; with one class an
+    image it is top-1. Of two classes there is one SVM, and no weights."""
     from sklearn.svm import LinearSVC
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
     weights = dict.fromkeys(range(num_classes), 2) if num_classes > 2 else None
+    counts = y.bincount(minlength=num_classes)
     for shots in args.shots:
+        if shots > counts.min():
+            say(f"--shots {shots}: left out, as class {counts.argmin()} has {counts.min()} "
+                f"labelled images")
+            continue
         top1 = []
         for run in bar(f"{shots} shots", 0, args.runs, range(args.runs), after=10):
             rows = torch.cat([order[:shots] for order in draw(y, args.seed, "shots", run)])
             svm = LinearSVC(**SVM, class_weight=weights).fit(x[rows], y[rows])
             top1.append(100 * svm.score(x_val, y_val))
-        std, mean = torch.std_mean(torch.tensor(top1), correction=0)
-        report(args, "shots", dict(top1=mean.item(), std=std.item()), shots=shots, runs=args.runs,
-               C=SVM["C"], **chosen)
+        std, mean = torch.std_mean(torch.tensor(top1), correction=min(1, len(top1) - 1))
+        report(args, "shots", dict(top1=mean.item(), se=std.item() / len(top1) ** 0.5),
+               shots=shots, runs=args.runs, C=SVM["C"], **chosen)
 
 
 def logreg(bank, queries, num_classes, chosen, args):
@@ -446,7 +394,7 @@ def logreg(bank, queries, num_classes, chosen, args):
     mean, std = bank[0].mean(0), bank[0].std(0, correction=0).clamp(min=1e-6)
     (x, y), (x_val, y_val) = ((((x - mean) / std).to(args.device), y.to(args.device))
                               for x, y in (bank, queries))
-    order = torch.randperm(len(x), generator=generator("cpu", args.seed, "held out"))
+    order = torch.randperm(len(x), generator=generator(args.seed, "held out"))
     held, rest = order.to(args.device).tensor_split([math.ceil(len(x) / 10)])
     least, best = math.inf, None
     for l2 in bar("logistic regression", 0, len(L2), L2, after=10):
@@ -481,7 +429,10 @@ def cluster(v, labels, num_clusters, args):
     accuracy of the best one-to-one match of clusters and classes."""
     from scipy.optimize import linear_sum_assignment
     from sklearn import metrics
-    assignments = kmeans(v, num_clusters, args).assignments.cpu()
+    if num_clusters > len(v):
+        say(f"--cluster {num_clusters}: left out, as val has {len(v)} images")
+        return
+    assignments = best_kmeans(v, num_clusters, args).assignments.cpu()
     together = metrics.cluster.contingency_matrix(labels, assignments)
     matched = together[linear_sum_assignment(together, maximize=True)].sum()
     figures = dict(ami=metrics.adjusted_mutual_info_score(labels, assignments),
@@ -491,7 +442,7 @@ def cluster(v, labels, num_clusters, args):
     report(args, "cluster", figures, clusters=num_clusters, starts=STARTS)
 
 
-def kmeans(v, num_clusters, args):
+def best_kmeans(v, num_clusters, args):
     """The best of several k-means of the normalised features, a losses.Clustering."""
     v = F.normalize(v, dim=1).to(args.device)
     settings = argparse.Namespace(**vars(args) | KMEANS)
@@ -500,16 +451,17 @@ def kmeans(v, num_clusters, args):
     return min(found, key=lambda one: one[1].item())[0]
 
 
-def draw_neighbours(features, train, val, args):
+def draw_neighbours(bank, v, train, val, args):
     """A picture: some of val's images, each with its nearest training images; below, prototypes of
     val, each with its nearest members. Green: of the right class, or the prototype's main one."""
-    bank, v = (F.normalize(features[split], dim=1) for split in ("train", "val"))
-    picture, shuffled = [], torch.randperm(len(v), generator=generator("cpu", args.seed))
+    bank, v = F.normalize(bank, dim=1), F.normalize(v, dim=1)
+    picture, shuffled = [], torch.randperm(len(v), generator=generator(args.seed))
     for i in shuffled[:args.neighbours].tolist():
         near = (bank @ v[i]).topk(min(ROW, len(bank))).indices.tolist()
         picture.append([tile(val, i), *(tile(train, j, val.labels[i]) for j in near)])
     picture.append([])
-    assignments, prototypes, _ = kmeans(v, args.cluster or min(len(v), val.num_classes), args)
+    clusters = min(len(v), args.cluster or train.num_classes)
+    assignments, prototypes, _ = best_kmeans(v, clusters, args)
     for j in assignments.unique()[:args.neighbours].tolist():
         members = (assignments == j).nonzero()[:, 0].cpu()
         order = (v[members] @ prototypes[j].cpu()).argsort(descending=True)
@@ -526,8 +478,7 @@ def draw_neighbours(features, train, val, args):
 
 def tile(data, i, label=None):
     """An image as a square, framed where it is to be of a class."""
-    x = data.images[i].expand(3, -1, -1).cpu() if hasattr(data, "images") else data[i][0]
-    image = Image.fromarray(x.permute(1, 2, 0).numpy())
+    image = Image.fromarray(data[i].cpu().permute(1, 2, 0).numpy())
     image = ImageOps.fit(image, (TILE, TILE), Image.Resampling.BOX)  # small pixels stay squares
     if label is None:
         return image
@@ -539,23 +490,16 @@ def tile(data, i, label=None):
 
 
 def report(args, protocol, figures, **parameters):
-    """One line on the terminal and one in OUTPUT/log.jsonl."""
+    """One line on the terminal and one in OUTPUT/results.jsonl."""
+    record = dict(checkpoint=os.path.abspath(args.pretrained or args.evaluate),
+                  pretrained_epochs=args.pretrained_epochs, dataset=args.dataset, dir=args.dir,
+                  protocol=protocol, **figures, **parameters)
+    if dist.get_rank() == 0:
+        pretrain.append(args.output / "results.jsonl", record)
     shown = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
     title = "" if protocol in figures else f"{protocol} "
     told = ", ".join(f"{name} {value}" for name, value in parameters.items())
     say(f"{title}{shown}" + (f"  ({told})" if told else ""))
-    record = dict(protocol=protocol, **figures, **parameters)
-    write(args.output / "log.jsonl", "a", json.dumps(record) + "\n")
-
-
-def write(path, mode, text):
-    """Of all processes the first writes."""
-    if dist.get_rank() > 0:
-        return
-    with pretrain.writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, mode, encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ from their prototype; alignment stays with the prototypes.
 N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J
 distinct prototypes in the batch. Losses are 0-dim and keep the dtype and device of their input;
 call them in float32 or float64, outside autocast. Assignments may be on the CPU when the rest is on
-a GPU: then no loss waits for the GPU. An `accuracy` is how often the positive has the largest
-logit: a detached fraction in [0, 1].
+a GPU: then no loss waits for the GPU. Those that are not in [0, P) raise IndexError (on a GPU: a
+device assert at most). An `accuracy` is how often the positive has the largest logit: a detached
+fraction in [0, 1].
 """
 import math
 from typing import NamedTuple
@@ -66,12 +67,12 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments:
     (N,) long, each image's own prototype s. S is the set of distinct prototypes that the batch
     touches and `num_negatives` others, drawn without replacement from `generator`, on the device
-    that it lives on; all P where there are no more, or with None. Returns loss, accuracy. An
-    assignment of P or more raises IndexError (on a GPU: a device assert).
+    that it lives on; all P where there are no more, or with None. Returns loss, accuracy.
 
     S is a set, unlike in PCL's code, where two images of one prototype are each other's negatives.
     """
     num_prototypes = len(prototypes)
+    _check_range(assignments, num_prototypes)
     if num_negatives is None or num_negatives >= num_prototypes:
         target = assignments.to(q.device, non_blocking=True)
         return _cross_entropy(q @ prototypes.T / concentration, target)
@@ -83,6 +84,14 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     size = min(num_prototypes, len(ids) + num_negatives)
     chosen = order.topk(size, largest=False).indices  # S
     return _cross_entropy(q @ prototypes[chosen].T / concentration[chosen], target)
+
+
+def _check_range(assignments, num_prototypes):
+    """A negative one would be taken from the end, in silence; a GPU is not waited for."""
+    if len(assignments) and not assignments.is_cuda:
+        low, high = assignments.aminmax()
+        if low < 0 or high >= num_prototypes:
+            raise IndexError(f"assignments from {low} to {high}, of {num_prototypes} prototypes")
 
 
 def _cross_entropy(logits, target):
@@ -110,6 +119,7 @@ def deviations(z, prototypes, assignments):
 
     z: (N, C) embeddings, prototypes: (P, C), assignments: (N,) long.
     """
+    _check_range(assignments, len(prototypes))
     return z - prototypes[assignments.to(z.device, non_blocking=True)]
 
 
@@ -170,6 +180,7 @@ def concentration(distances, assignments, num_prototypes, temperature):
     distances: (n,) from each image to its centroid, not squared. assignments: (n,) long, in [0, P).
     Keeps the dtype of the distances.
     """
+    _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
     total = torch.zeros(num_prototypes, dtype=torch.float64, device=distances.device)
     total.index_add_(0, assignments, distances.double())
@@ -191,6 +202,7 @@ def coagulation(v, assignments, prototypes):
     member.
     """
     num_prototypes = len(prototypes)
+    _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
     total = torch.zeros_like(prototypes).index_add_(0, assignments, v)
     mean = total / size.clamp(min=1)[:, None]

@@ -2,7 +2,6 @@
 hundred in files like Fashion-MNIST's, or a folder of image files."""
 import contextlib
 import functools
-import gzip
 import io
 import json
 import multiprocessing
@@ -329,8 +328,7 @@ def write_fashion_mnist(root, train, val):
     for split, (images, labels) in (("train", train), ("t10k", val)):
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             header = struct.pack(f">BBBB{values.ndim}I", 0, 0, 8, values.ndim, *values.shape)
-            data = gzip.compress(header + values.tobytes(), 1)
-            (raw / f"{split}-{kind}-ubyte.gz").write_bytes(data)
+            (raw / f"{split}-{kind}-ubyte").write_bytes(header + values.tobytes())
     return root
 
 
