@@ -69,6 +69,27 @@ def head_of(encoder):
     return getattr(encoder, HEAD)
 
 
+def build_head(width, dim, mlp):
+    last = nn.Linear(width, dim)
+    return nn.Sequential(nn.Linear(width, width), nn.ReLU(), last) if mlp else last
+
+
+class TwoHeads(nn.Sequential):
+    """Two heads on the same features: MoCo's own, under its usual names, and `prototype`.
+    (n, width) -> (n, 2, C): the instance level and the prototype level."""
+
+    def __init__(self, instance, prototype):
+        super().__init__(*(instance if isinstance(instance, nn.Sequential) else [instance]))
+        self.prototype = prototype
+
+    def forward(self, features):
+        *layers, prototype = self.children()
+        instance = features
+        for layer in layers:
+            instance = layer(instance)
+        return torch.stack([instance, prototype(features)], dim=1)
+
+
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BN over `splits` consecutive slices of the batch, each with statistics of its own, as if on
     as many processes.
@@ -152,17 +173,17 @@ class MoCo(nn.Module):
     checkpoints, and `queue_index`.
 
     arch, small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key
-    encoder. mlp: MoCo v2's two-layer head, else one layer.
+    encoder. mlp: MoCo v2's two-layer head, else one layer. heads: H, 1 or 2, see TwoHeads.
     """
 
     def __init__(self, arch, dim=128, queue_size=65536, momentum=0.999, mlp=True,
-                 small_images=False, bn_splits=1):
+                 small_images=False, bn_splits=1, heads=1):
         super().__init__()
         self.momentum = momentum
         backbone, width = build_backbone(arch, small_images, bn_splits)
-        head = nn.Linear(width, dim)
-        if mlp:
-            head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), head)
+        head = build_head(width, dim, mlp)
+        if heads == 2:
+            head = TwoHeads(head, build_head(width, dim, mlp))
         self.encoder_q = with_head(backbone, head)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.register_buffer("queue", torch.zeros(dim, queue_size))  # keys: CxQ
@@ -170,24 +191,34 @@ class MoCo(nn.Module):
         self.register_buffer("queue_index", torch.full((queue_size,), EMPTY))  # their images
 
     def forward(self, im_q, im_k, permutation):
-        """Queries of this process's images and keys of all: q (n, C) with gradient, k (N, C)
+        """Queries of this process's images and keys of all: q (n, H, C) with gradient, k (N, H, C)
         without, unit rows, in the queue's dtype.
 
         im_q, im_k: (n, 3, H, W), the two views. permutation: (N,) long, the same on every process:
         the order in which the processes' images meet in the key encoder's BN, so that a key's
         statistics do not give its query away.
         """
-        q = F.normalize(self.encoder_q(im_q).to(self.queue.dtype), dim=1)  # queries: nxC
+        q = self.unit_rows(self.encoder_q(im_q))  # queries: nxHxC
         with torch.no_grad():
             self.update_key_encoder()
             n, rank, device = len(im_k), dist.get_rank(), im_k.device.type
             if torch.is_autocast_enabled(device):  # as the first convolution: half the bytes
                 im_k = im_k.to(torch.get_autocast_dtype(device))
             im_k = gather(im_k)[permutation[rank * n:(rank + 1) * n]]
-            k = F.normalize(self.encoder_k(im_k).to(self.queue.dtype), dim=1)
-            k = gather(k)  # keys: NxC, permuted
+            k = gather(self.unit_rows(self.encoder_k(im_k)))  # keys: NxHxC, permuted
             k = torch.empty_like(k).index_copy_(0, permutation, k)
         return q, k
+
+    def unit_rows(self, z):
+        """Of what an encoder gives: (n, H, C)."""
+        return F.normalize(z.to(self.queue.dtype).view(len(z), -1, len(self.queue)), dim=2)
+
+    def parameter_groups(self):
+        """What is trained; a prototype head, which has no loss at first, as a second group."""
+        named = [*self.encoder_q.named_parameters()]
+        groups = [[x for name, x in named if ("fc.prototype." in name) == second]
+                  for second in (False, True)]
+        return [dict(params=group) for group in groups if group]
 
     @torch.no_grad()
     def update_key_encoder(self):

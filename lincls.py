@@ -15,11 +15,13 @@ import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
+from torchvision.utils import save_image
 
 import builder
 import loader
@@ -28,9 +30,9 @@ from loader import UsageError, generator
 from pretrain import bar, natural_float, positive, say
 
 # The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
-IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True, batch_size=256)
+IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True)
 SMALL = IMAGENET | dict(lr=0.03)
-DIGITS = dict(lr=0.3, epochs=30, min_scale=0.8, flip=False, batch_size=64)
+DIGITS = dict(lr=0.3, epochs=30, min_scale=0.8, flip=False)
 DEFAULTS = dict.fromkeys(loader.DATASETS, SMALL) | dict(folder=IMAGENET, digits=DIGITS)
 # SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
 FINETUNE = dict(epochs=20, lr=0.2, backbone_lr=0.01)
@@ -96,7 +98,9 @@ def main_worker(args):
     settle(args, source)
     held = pretrain.lock(args.output)
     train, val = pretrain.open_data(args)
-    check_labels(args, train, val)
+    if not val or train.num_classes < 2:
+        raise UsageError(f"{args.dir}: an evaluation needs labels of two classes or more, "
+                         f"DIR/train/CLASS/* and DIR/val/CLASS/*")
     pretrain.settle_machine(args, (train, val))
     net = load_net(args, source, train)
     subsets = label_subsets(args, train)
@@ -117,8 +121,8 @@ def main_worker(args):
 
 
 def settle(args, source):
-    """What no flag says: by the checkpoint, which belongs to a run of ours or not, the data set's
-    defaults and the machine."""
+    """What no flag says: by the checkpoint, which is of a run of ours or not, and by the data
+    set."""
     then = source.get("args")
     if not isinstance(then, dict) or "statistics" not in then:
         then = {}  # MoCo's and PCL's say the arch alone
@@ -127,14 +131,12 @@ def settle(args, source):
     if same_dir and args.dataset == then.get("dataset"):
         args.dir, args.classes = then["dir"], args.classes or then["classes"]
     args.dir = os.path.abspath(args.dir or "data")
-    usual = pretrain.DEFAULTS[args.dataset]
+    usual, arch, epoch = pretrain.DEFAULTS[args.dataset], source.get("arch"), source.get("epoch")
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
-    its_arch = source.get("arch")
-    args.arch = args.arch or (its_arch if isinstance(its_arch, str) else usual["arch"])
+    args.arch = args.arch or (arch if isinstance(arch, str) else usual["arch"])
     args.statistics = then.get("statistics", loader.IMAGENET_STATISTICS)
-    epoch = source.get("epoch")
     args.pretrained_epochs = epoch if isinstance(epoch, int) else None
 
 
@@ -145,19 +147,10 @@ def settle_training(args, labelled, total):
         large = FINETUNE_1_PERCENT if labelled < 0.05 * total else FINETUNE
         usual = usual | (FINETUNE_SMALL if args.small_images else large)
     for name, value in usual.items():
-        if name != "batch_size" and getattr(args, name) is None:
+        if getattr(args, name) is None:
             setattr(args, name, value)
     args.schedule = args.schedule or [round(part * args.epochs) for part in MILESTONES]
-    pretrain.fit_batch(args, labelled, usual["batch_size"])
-
-
-def check_labels(args, train, val):
-    if train.num_classes == 1:
-        raise UsageError(f"{args.dir}: has one class, and an evaluation needs two or more")
-    if val is None or not train.num_classes:
-        raise UsageError(f"{args.dir}: a probe needs labels, DIR/train/CLASS/* and "
-                         f"DIR/val/CLASS/*; put the images of each class into a folder of its "
-                         f"name, in both")
+    pretrain.fit_batch(args, labelled)
 
 
 def load_net(args, source, train):
@@ -171,15 +164,16 @@ def load_net(args, source, train):
     nn.init.zeros_(fc.bias)
     net = builder.with_head(backbone, fc)
     prefix = builder.load_backbone(net, source, path, args.arch)
-    say(f"model   {args.arch}, {pretrain.crops(args)}; {path}: {prefix}*")
+    say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
+        f"{np.round(args.statistics, 3).tolist()}; {path}: {prefix}*")
     if args.evaluate and not args.on_features:
         state = builder.tensors(source)
         saved = {name: state.get(f"state_dict.{builder.HEAD}.{name}") for name in fc.state_dict()}
-        if saved["weight"] is None or saved["weight"].shape != fc.weight.shape:
-            raise UsageError(f"--evaluate {path}: not a probe of {train.num_classes} classes, "
+        shapes = [x is not None and x.shape for x in saved.values()]
+        if shapes != [x.shape for x in fc.state_dict().values()] or (
+                source.get("classes") != train.classes):
+            raise UsageError(f"--evaluate {path}: no probe of these {train.num_classes} classes, "
                              f"saved by this script")
-        if source.get("classes") != train.classes:
-            raise UsageError(f"--evaluate {path}: is a probe of other classes than these")
         fc.load_state_dict(saved)
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
@@ -283,7 +277,8 @@ def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, 
     backbone is to be a function of the image alone."""
     backbone.train(args.finetune)
     log.start_clock()
-    for image, _, label in pretrain.steps_of(views, run, args):
+    batches = views.epoch(run["epoch"], run["step"])
+    for image, _, label in bar(f"epoch {run['epoch'] + 1}", run["step"], run["steps"], batches):
         epoch = run["epoch"] + run["step"] / run["steps"]
         left = pretrain.rate_left(epoch, args, FINETUNE_DROP if args.finetune else pretrain.DROP)
         for group, rate in zip(optimizer.param_groups, (args.lr, args.backbone_lr)):
@@ -330,10 +325,8 @@ def percent(hits, total):
 
 
 def extract(backbone, data, args):
-    """The features of a data set (n, d), float32 on the CPU of the first process, whose alone are
-    used: 10 GB for ImageNet and a ResNet-50."""
-    v = builder.gather(pretrain.embed(backbone, data, args)[0])[:len(data)]
-    return v.cpu() if dist.get_rank() == 0 else None
+    """The features (n, d), float32 on the CPU: 10 GB for ImageNet and a ResNet-50."""
+    return builder.gather(pretrain.embed(backbone, data, args)[0])[:len(data)].cpu()
 
 
 def evaluate_features(v, v_val, train, val, subsets, args):
@@ -455,35 +448,34 @@ def draw_neighbours(bank, v, train, val, args):
     """A picture: some of val's images, each with its nearest training images; below, prototypes of
     val, each with its nearest members. Green: of the right class, or the prototype's main one."""
     bank, v = F.normalize(bank, dim=1), F.normalize(v, dim=1)
-    picture, shuffled = [], torch.randperm(len(v), generator=generator(args.seed))
+    rows, shuffled = [], torch.randperm(len(v), generator=generator(args.seed))
     for i in shuffled[:args.neighbours].tolist():
         near = (bank @ v[i]).topk(min(ROW, len(bank))).indices.tolist()
-        picture.append([tile(val, i), *(tile(train, j, val.labels[i]) for j in near)])
-    picture.append([])
+        rows.append([tile(val, i), *(tile(train, j, val.labels[i]) for j in near)])
+    rows.append([])
     clusters = min(len(v), args.cluster or train.num_classes)
     assignments, prototypes, _ = best_kmeans(v, clusters, args)
     for j in assignments.unique()[:args.neighbours].tolist():
         members = (assignments == j).nonzero()[:, 0].cpu()
         order = (v[members] @ prototypes[j].cpu()).argsort(descending=True)
         main = val.labels[members].mode().values
-        picture.append([tile(val, i, main) for i in members[order[:ROW + 1]].tolist()])
-    step = TILE + GAP
-    sheet = Image.new("RGB", ((ROW + 1) * step + GAP, len(picture) * step + GAP), "white")
-    for row, tiles in enumerate(picture):
-        for column, image in enumerate(tiles):
-            sheet.paste(image, (GAP + column * step, GAP + row * step))
-    sheet.save(args.output / "neighbours.png")
-    say(f"neighbours {args.output / 'neighbours.png'}")
+        rows.append([tile(val, i, main) for i in members[order[:ROW + 1]].tolist()])
+    blank = torch.ones(3, TILE, TILE)
+    tiles = [x for row in rows for x in row + [blank] * (ROW + 1 - len(row))]
+    path = args.output / "neighbours.png"
+    save_image(tiles, path, nrow=ROW + 1, padding=GAP, pad_value=1)
+    say(f"neighbours {path}")
 
 
 def tile(data, i, label=None):
-    """An image as a square, framed where it is to be of a class."""
-    image = Image.fromarray(data[i].cpu().permute(1, 2, 0).numpy())
-    image = ImageOps.fit(image, (TILE, TILE), Image.Resampling.BOX)  # small pixels stay squares
-    if label is None:
-        return image
-    colour = "lime" if data.labels[i] == label else "red"
-    return ImageOps.expand(ImageOps.crop(image, FRAME), FRAME, colour)
+    """An image as a square (3, TILE, TILE) in [0, 1], framed where it is to be of a class."""
+    x = functional.center_crop(data[i].cpu(), min(data[i].shape[1:]))
+    x = F.interpolate(x[None] / 255, (TILE, TILE), mode="area")[0]  # small pixels stay squares
+    if label is not None:
+        inside, right = x[:, FRAME:-FRAME, FRAME:-FRAME].clone(), data.labels[i] == label
+        x[:] = torch.tensor([0, 1, 0] if right else [1, 0, 0])[:, None, None]
+        x[:, FRAME:-FRAME, FRAME:-FRAME] = inside
+    return x
 
 
 # ---------------------------------------------------------------------------------------- results

@@ -2,19 +2,17 @@
 
 A data set is an `Arrays`, whose images are in the device's memory and are cropped there, or a
 `Files`, whose images are read and cropped by workers; all else is done to whole batches on the
-device. Both make the same crops. A new data set is a function (root, classes) -> train, val or None
-in DATASETS, which returns an Arrays, or a Files with a `read` of its own, with its default flags in
+device. Both make the same crops. A new one is a function (root, classes) -> train, val or None in
+DATASETS, which makes an Arrays or a Files with a __getitem__ of its own, with its default flags in
 pretrain's DEFAULTS and, unless they are those of small images, lincls's.
 
-Random numbers come from `seed_of(seed, epoch)` for the order of images, and for what is done to a
-global batch from `seed_of(seed, epoch, "step", step)`, of which each process takes its rows. So a
-run sees the same views for any number of workers and processes, and can go on at any step without
-replaying what came before.
+Random numbers come from `seed_of(seed, epoch)` for the order of images, and from `seed_of(seed,
+epoch, "step", step)` for what is done to a global batch, of which each process takes its rows. So a
+run sees the same views for any number of workers and processes, and can go on at any step.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
 import hashlib
-import itertools
 import math
 import os
 import signal
@@ -28,12 +26,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-STATISTICS_IMAGES = 10_000
+IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean, deviation
+STATISTICS_IMAGES = 10_000  # at most, evenly spread
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
 TRIES = 10  # at a random crop that fits into the image
@@ -65,11 +63,8 @@ def shown(text):
 
 
 def load(dataset, root, classes=None):
-    """The training set and the validation set, or None, of one of DATASETS.
-
-    root: the image folder, or where torchvision's sets are or will be put. classes: of a folder
-    alone, a file of class folders to keep, one a line.
-    """
+    """The training set and the validation set, or None, of one of DATASETS. root: the image folder,
+    or where torchvision puts its sets. classes: a file of a folder's class folders to keep."""
     if classes and dataset != "folder":
         raise UsageError("--classes: only an image folder has class folders to choose from")
     return DATASETS[dataset](root, classes)
@@ -91,7 +86,9 @@ class Arrays:
         self.digest = digest.hexdigest()
         images = torch.from_numpy(images)
         self.images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)  # nxcxHxW
-        self.statistics = _statistics(self.images)
+        part = self.images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
+        std, mean = torch.std_mean(part, (0, 2, 3), correction=0)
+        self.statistics = [x.expand(3).tolist() for x in (mean, std.clamp(min=1 / 255))]
 
     def __len__(self):
         return len(self.images)
@@ -124,15 +121,7 @@ class Arrays:
         return sum(image.numpy().tobytes() in known for image in self.images), len(self)
 
 
-def _statistics(images):
-    """Mean and standard deviation of the channels of images (n, c, H, W) uint8, over some that are
-    evenly spread."""
-    part = images[::math.ceil(len(images) / STATISTICS_IMAGES)].double() / 255
-    mean, std = part.mean((0, 2, 3)), part.std((0, 2, 3), correction=0).clamp(min=1 / 255)
-    return mean.expand(3).tolist(), std.expand(3).tolist()
-
-
-class Files(Dataset):
+class Files:
     """A data set of image files below `root`, by relative name, of whose names `digest` tells."""
 
     digest_of, evaluation_batch, left_out = "names", 64, 0  # batches wait in shared memory
@@ -180,7 +169,7 @@ class Files(Dataset):
         # Below a spawned process workers would be spawned too, and import torch anew for every
         # E-step: ten seconds each.
         context = "fork" if workers and sys.platform == "linux" else None
-        return DataLoader(_Each(function, items), batch_size=None, num_workers=workers,
+        return DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
                           pin_memory=self.device.type == "cuda", multiprocessing_context=context,
                           worker_init_fn=_leave_signals_to_the_parent)
 
@@ -190,17 +179,6 @@ class Files(Dataset):
         pairs = [(path, os.path.join(train.root, "train", os.path.relpath(
             path, os.path.join(self.root, "val")))) for path in map(self.path, looked)]
         return sum(os.path.exists(b) and os.path.samefile(a, b) for a, b in pairs), len(pairs)
-
-
-class _Each(Dataset):
-    def __init__(self, function, items):
-        self.function, self.items = function, items
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, i):
-        return self.function(self.items[i])
 
 
 def _leave_signals_to_the_parent(_):
@@ -235,8 +213,7 @@ def _torchvision(name, root, _):
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(shown(
             f"{root}: {name} is not there, or damaged, and cannot be downloaded ({error}); put its "
-            f"files there as torchvision leaves them, or name the folder that holds them: "
-            f"python pretrain.py DIR --dataset {name.lower()}")) from None
+            f"files there as torchvision leaves them, or name the DIR that holds them")) from None
     return [Arrays(data.data, data.targets) for data in both]
 
 
@@ -254,23 +231,22 @@ def _folder(root, classes):
     images, left_out = _by_class(train)
     known = sorted(images.keys() - {""}) if train != root else []
     names = _chosen(classes, train, known) if classes else known
-    data = _files(root, train, images, names)
+    sets = [_files(root, train, images, names)]
     left_out += len(images[""]) if names else 0
-    if not len(data):
-        where = f"in the class folders of {train}" if names else "at any depth"
-        raise UsageError(shown(f"{root}: holds no image {where}"))
-    val, val_data = root / "val", None
+    if not len(sets[0]):
+        raise UsageError(shown(f"{train}: holds no image" + " in a class folder" * bool(names)))
+    val = root / "val"
     if names and val.is_dir():
         images, others = _by_class(val)
+        left_out += others + len(images[""])
         unknown = sorted(images.keys() - {"", *known})
         if unknown:
             raise UsageError(shown(f"{val}: has classes that train has not, rename or remove them: "
                                    f"{', '.join(unknown[:5])}"))
-        val_data = _files(root, val, images, names)
-        left_out += others + len(images[""])
-    sets = _held([data, val_data] if val_data else [data])
+        sets.append(_files(root, val, images, names))
+    sets = _held([data for data in sets if len(data)])
     sets[0].left_out = left_out
-    return sets[0], sets[1] if val_data else None
+    return sets[0], sets[1] if len(sets) > 1 else None
 
 
 def _by_class(folder):
@@ -289,8 +265,8 @@ def _by_class(folder):
 
 
 def _walk(folder):
-    """The files below a folder, by relative path. Names that begin with a dot are not there. A
-    folder is entered once, and by its own path rather than a link if it has one below here."""
+    """The files below a folder, by relative path, but for names that begin with a dot. A folder is
+    entered once, and by its own path rather than a link if it has one below here."""
     seen, starts = {*folder.resolve().parents}, [folder]
     for start in starts:
         for path, folders, files in os.walk(start, onerror=_unreadable):
@@ -314,13 +290,10 @@ def _is_image(name):
 
 def _files(root, folder, images, classes):
     """Files of the images in the classes' folders; without classes, of all."""
-    if classes:
-        samples = [(path, label) for label, name in enumerate(classes)
-                   for path in sorted(images.get(name, ()))]
-    else:
-        samples = [(path, -1) for path in sorted(itertools.chain(*images.values()))]
-    below = "" if folder == root else folder.name
-    names = [os.path.join(below, path) for path, _ in samples]
+    labels = {name: label for label, name in enumerate(classes)} or dict.fromkeys(images, -1)
+    samples = [(path, label) for name, label in labels.items() for path in images.get(name, ())]
+    samples.sort(key=lambda sample: (sample[1], sample[0]))
+    names = [os.path.relpath(folder / path, root) for path, _ in samples]
     return Files(root, names, [label for _, label in samples], classes)
 
 
@@ -347,8 +320,7 @@ def read_lines(flag, path):
     try:
         text = Path(path).read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
-        raise UsageError(shown(f"{flag} {path}: cannot be read ({error.strerror}); give a text "
-                               f"file with one name a line")) from None
+        raise UsageError(shown(f"{flag} {path}: cannot be read ({error.strerror})")) from None
     return list(filter(None, map(str.strip, text.splitlines())))
 
 

@@ -4,10 +4,13 @@
 
 `info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published:
 `prototype_features`, `alignment`, `uniformity` and `correlation` are this project's reading of its
-abstract, the second one. The first had all three terms on the batch's mean of each prototype, which
+abstract, the third one. The first had all three terms on the batch's mean of each prototype, which
 makes every dimension a function of the prototype where prototypes are few: the very coagulation
-that the terms are to cure. So uniformity acts on images, and correlation on how images deviate
-from their prototype; alignment stays with the prototypes.
+that the terms are to cure. In the second uniformity acts on images and correlation on how they
+deviate from their prototype, but one embedding that is to gather images and to spread them gives up
+what either wins. The third has two levels, each with its own head on the same backbone: InfoNCE and
+uniformity act on instances q, k; ProtoNCE, alignment and correlation on x, y. With one head x is q
+and y is k: the second reading.
 
 N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J
 distinct prototypes in the batch. Losses are 0-dim and keep the dtype and device of their input;
@@ -26,8 +29,10 @@ import torch.nn.functional as F
 class Batch(NamedTuple):
     """What one step's losses are made of, the same on every process but for `rows`."""
 
-    q: torch.Tensor  # (N, C) queries, unit rows, with gradient
+    q: torch.Tensor  # (N, C) queries, unit rows, with gradient: the instance level
     k: torch.Tensor  # (N, C) keys, unit rows
+    x: torch.Tensor  # (N, C) as q at the prototype level; q itself with one head
+    y: torch.Tensor  # (N, C) as k there
     index: torch.Tensor  # (N,) the images' indices in the data set, on the CPU
     queue: torch.Tensor  # (C, Q) older keys, unit columns
     queue_index: torch.Tensor  # (Q,) the indices of their images; under 0: none, or not known
@@ -194,6 +199,23 @@ def concentration(distances, assignments, num_prototypes, temperature):
 
 
 @torch.no_grad()
+def prototype_level(y, assignments, num_prototypes, temperature):
+    """The Clustering at the prototype level, of the instances' assignments: c_j = normalise(mean of
+    the members' y), phi of the distances ||y_i - mean_j||. y: (n, C) unit rows."""
+    mean = means(y, assignments, num_prototypes)
+    distances = (y - mean[assignments]).norm(dim=1)
+    phi = concentration(distances, assignments, num_prototypes, temperature)
+    return Clustering(assignments, F.normalize(mean, dim=1), phi)
+
+
+def means(v, assignments, num_prototypes):
+    """The mean of each prototype's members, (P, C); where there are none, of all."""
+    size = torch.bincount(assignments, minlength=num_prototypes)[:, None]
+    total = v.new_zeros(num_prototypes, v.shape[1]).index_add_(0, assignments, v)
+    return torch.where(size > 0, total / size.clamp(min=1), v.mean(0))
+
+
+@torch.no_grad()
 def coagulation(v, assignments, prototypes):
     """How far the embeddings v (n, C) have collapsed onto their prototypes (P, C): floats by name.
 
@@ -204,8 +226,7 @@ def coagulation(v, assignments, prototypes):
     num_prototypes = len(prototypes)
     _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
-    total = torch.zeros_like(prototypes).index_add_(0, assignments, v)
-    mean = total / size.clamp(min=1)[:, None]
+    mean = means(v, assignments, num_prototypes)
     spread = (2 * size / (size - 1) * (1 - mean.square().sum(1)))[size > 1].clamp(min=0)
     pairs = num_prototypes * (num_prototypes - 1)
     separation = 2 * (num_prototypes ** 2 - prototypes.sum(0).square().sum()) / pairs

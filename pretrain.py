@@ -9,6 +9,7 @@
     python pretrain.py --num-clusters 0                    # MoCo v2
 """
 import argparse
+import errno
 import fcntl
 import io
 import json
@@ -100,6 +101,8 @@ def parse_args(argv=None):
     add("--align-alpha", type=positive(float), default=2.0, help="its exponent")
     add("--uniform-t", type=positive(float), default=2.0, help="its inverse temperature")
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of what is off its diagonal")
+    add("--heads", type=int, choices=(1, 2), default=1,
+        help="2: one for instances, one for prototypes; 1: one embedding is both")
     add("--init", type=Path, metavar="PATH", help="start from the backbone in a checkpoint")
     add("--knn-every", type=natural, metavar="EPOCHS", help="of the kNN monitor; 0: never")
     add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep such checkpoints")
@@ -151,13 +154,13 @@ def main_worker(args):
     settle(args, train, val, checkpoint)
     torch.manual_seed(args.seed)
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
-                         args.crop_size < loader.SMALL_CROP, args.bn_splits)
+                         args.crop_size < loader.SMALL_CROP, args.bn_splits, args.heads)
     if args.init and not checkpoint:  # the heads are new
         prefix = builder.load_backbone(model.encoder_q, load(args.init), args.init, args.arch)
         model.encoder_k.load_state_dict(model.encoder_q.state_dict())
         say(f"init    {args.init}: {prefix}*")
     ddp = distributed(model.to(args.device, memory_format=torch.channels_last))
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr, momentum=args.momentum,
+    optimizer = torch.optim.SGD(model.parameter_groups(), args.lr, momentum=args.momentum,
                                 weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     augment = loader.Augment(args.aug, args.crop_size, args.statistics, args.flip)
@@ -204,13 +207,11 @@ def main_worker(args):
 
 
 def open_data(args):
-    """The training set and the validation set or None. On each node one process goes first, and
-    downloads if need be."""
-    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
-    if not first:
-        dist.barrier()
-    train, val = loader.load(args.dataset, args.dir, args.classes)
-    if first:
+    """The training set and the validation set or None. On each node the first process alone
+    downloads."""
+    for turn in (True, False):
+        if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
+            train, val = loader.load(args.dataset, args.dir, args.classes)
         dist.barrier()
     labels = f"in {train.num_classes} classes" if train.num_classes else "without labels"
     say(f"data    {args.dataset} of {loader.shown(args.dir)}: {len(train)} images {labels}, "
@@ -236,11 +237,14 @@ def settle(args, train, val, checkpoint):
         args.num_clusters = sorted(size for size in sizes if size <= most)
     if args.num_clusters == [0]:
         args.num_clusters = []
-    wrong = [size for size in args.num_clusters if not 2 <= size <= most]
-    if wrong or args.queue_size > most:
-        what = f"--num-clusters {wrong[0]}" if wrong else f"--queue-size {args.queue_size}"
-        raise UsageError(f"{what}: there are {most} training images; give as many at most"
-                         + (", and 2 at least, or 0 alone for no clustering" if wrong else ""))
+    if not (args.num_clusters and (args.proto or args.align or args.corr)):
+        args.heads = 1
+    wrong = [f"--num-clusters {size}" for size in args.num_clusters if not 2 <= size <= most]
+    if args.queue_size > most:
+        wrong.append(f"--queue-size {args.queue_size}")
+    if wrong:
+        raise UsageError(f"{wrong[0]}: give at most {most}, the number of training images, and "
+                         f"clusters from 2, or 0 alone for none")
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
         args.statistics = checkpoint["args"]["statistics"]
@@ -285,7 +289,8 @@ def processes_for(batch_size, splits):
 
 
 # A resumed run must be the same model on the same data, in the same batches.
-FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "queue_size", "batch_size", "num_clusters")
+FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
+         "num_clusters")
 
 
 def read_own(args):
@@ -348,24 +353,19 @@ def restore(checkpoint, run, model, optimizer, scaler, args):
 
 def plain(args):
     """The flags as plain types, which a checkpoint may hold."""
-    kinds = int, float, str, list, tuple, type(None)
-    return {name: value if isinstance(value, kinds) else str(value)
+    return {name: str(value) if isinstance(value, (Path, torch.device)) else value
             for name, value in vars(args).items()}
 
 
 def say_settled(args, steps):
     """What a run starts with, after its data: the model, the training, and where it runs."""
-    clusters = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
-    say(f"model   {args.arch}, {crops(args)}, queue {args.queue_size}, prototypes {clusters}")
+    prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
+    say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
+        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, prototypes "
+        f"{prototypes}")
     say(f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {steps} steps of "
-        f"{args.batch_size} images, seed {args.seed}")
-    say(f"on      {dist.get_world_size()} x {args.device.type}, amp {args.amp}, {args.workers} "
-        f"workers each, to {args.output}")
-
-
-def crops(args):
-    mean, std = (" ".join(f"{x:.3f}" for x in values) for values in args.statistics)
-    return f"crops of {args.crop_size} px, mean {mean}, deviation {std}"
+        f"{args.batch_size} images, seed {args.seed}, on {dist.get_world_size()} x "
+        f"{args.device.type}, amp {args.amp}, to {args.output}")
 
 
 # ----------------------------------------------------------------------------------------- E-step
@@ -374,31 +374,40 @@ def crops(args):
 def e_step(model, train, args, epoch):
     """Embed every training image, cluster the embeddings, and look at what the clusters are like.
 
-    Returns a list of losses.Clustering and a dict of figures, the same on every process.
-    Assignments stay on the CPU, as the indices of a batch do: the number of prototypes that a batch
-    touches is then known without waiting for the device.
+    k-means is of the instance level; with two heads prototypes and concentrations are of the other.
+    Returns a list of losses.Clustering and a dict of figures, the same on every process. The
+    assignments stay on the CPU: how many prototypes a batch touches is then known without waiting.
     """
     start = time.perf_counter()
     v, _ = embed(model.encoder_k, train, args)
-    v = F.normalize(builder.gather(v)[:len(train)], dim=1)  # embeddings of all images: nxC
+    v = model.unit_rows(builder.gather(v)[:len(train)])  # embeddings of all images: nxHxC
     embedded = time.perf_counter()
-    clusterings, objectives = cluster_all(v, args, epoch)
-    each = [losses.coagulation(v, one.assignments, one.prototypes) for one in clusterings]
-    figures = {name: [figure[name] for figure in each] for name in each[0]}
-    figures.update(effective_rank=losses.effective_rank(v), kmeans_objective=objectives,
-                   seconds_embed=embedded - start, seconds_kmeans=time.perf_counter() - embedded)
+    clusterings, objectives = cluster_all(v[:, 0].contiguous(), args, epoch)
+    figures = coagulation(v[:, 0], clusterings, "") | dict(kmeans_objective=objectives)
+    if args.heads == 2:
+        clusterings = [losses.prototype_level(v[:, 1], one.assignments, len(one.prototypes),
+                                              args.temperature) for one in clusterings]
+        for one in clusterings:
+            for x in one[1:]:
+                dist.broadcast(x, src=0)  # sums in another order differ by a last digit
+        figures |= coagulation(v[:, 1], clusterings, "proto_")
+    figures |= dict(seconds_embed=embedded - start, seconds_kmeans=time.perf_counter() - embedded)
     clusterings = [one._replace(assignments=one.assignments.cpu()) for one in clusterings]
     return clusterings, figures
 
 
+def coagulation(v, clusterings, prefix):
+    """losses', for each clustering, by name, of embeddings v (n, C); and their effective rank."""
+    each = [losses.coagulation(v, one.assignments, one.prototypes) for one in clusterings]
+    figures = {prefix + name: [figure[name] for figure in each] for name in each[0]}
+    return figures | {prefix + "effective_rank": losses.effective_rank(v)}
+
+
 @torch.inference_mode()
 def embed(encoder, data, args):
-    """Centre crops through the encoder in eval mode: this process's shard of what comes out,
-    float32 and finite, and its labels.
-
-    Returns (s, C) and (s,), with the same s = ceil(n / processes) everywhere: rows past the shard's
-    end are zero and -1. `builder.gather(x)[:n]` is then all n images, each once, in order.
-    """
+    """Centre crops through the encoder in eval mode: this process's shard of what comes out (s, C),
+    float32 and finite, and its labels (s,), with the same s = ceil(n / processes) everywhere. Rows
+    past the shard's end are 0 and -1: `builder.gather(x)[:n]` is all n images, once, in order."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     training, start, rows = encoder.training, 0, math.ceil(len(data) / world_size)
     encoder.eval()
@@ -409,8 +418,8 @@ def embed(encoder, data, args):
     labels = torch.full((rows,), -1, device=args.device)
     batches = loader.centre_batches(data, args.crop_size, args.statistics, rank, world_size,
                                     args.workers)
-    steps = math.ceil(rows / data.evaluation_batch)
-    for image, label in bar("embedding", 0, steps, batches, after=10):
+    total = math.ceil(rows / data.evaluation_batch)
+    for image, label in bar("embedding", 0, total, batches, after=10):
         with autocast(args):
             v[start:start + len(image)] = encoder(image).float()
         labels[start:start + len(image)] = label.to(args.device, non_blocking=True)
@@ -440,11 +449,8 @@ def cluster_all(v, args, epoch):
 
 
 def kmeans(v, num_clusters, seed, args):
-    """k-means of v (n, C) by faiss, on this process's GPU where faiss sees one.
-
-    Returns a losses.Clustering on the device of v, and the objective: the sum of squared distances
-    to the centroids, 0-dim float64.
-    """
+    """k-means of v (n, C) by faiss, on this process's GPU where faiss sees one: a losses.Clustering
+    on the device of v, and the sum of squared distances to the centroids, 0-dim float64."""
     import faiss
     x = v.cpu().numpy()
     solver = faiss.Clustering(x.shape[1], num_clusters)
@@ -477,34 +483,29 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
     model, epoch, rank = ddp.module, run["epoch"], dist.get_rank()
     model.train()
     log.start_clock()
-    for im_q, im_k, index, _ in steps_of(views, run, args):
+    batches = views.epoch(epoch, run["step"])
+    for im_q, im_k, index, _ in bar(f"epoch {epoch + 1}", run["step"], run["steps"], batches):
         step, n = run["step"], len(im_q)
         if not epoch and not step:
             log.pairs(im_q, im_k, views.augment)
         rate = args.lr * rate_left(epoch + step / run["steps"], args)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for group, has_loss in zip(optimizer.param_groups, (True, run["clusterings"])):
+            group.update(lr=rate, weight_decay=args.wd if has_loss else 0)
         shuffle = loader.generator(args.seed, epoch, step, "shuffle")
         permutation = torch.randperm(args.batch_size, generator=shuffle)
         with autocast(args):
-            q, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
-        rows = slice(rank * n, (rank + 1) * n)
-        batch = losses.Batch(builder.gather_with_gradient(q), k, index, model.queue,
-                             model.queue_index, rows, epoch, step)
+            z, k = ddp(im_q, im_k, permutation.to(args.device, non_blocking=True))
+        z, k = builder.gather_with_gradient(z).unbind(1), k.unbind(1)  # NxC of each head
+        batch = losses.Batch(z[0], k[0], z[-1], k[-1], index, model.queue, model.queue_index,
+                             slice(rank * n, (rank + 1) * n), epoch, step)
         loss, figures = pauc(batch, run["clusterings"], args)
         report, number = exchange(loss, figures, run, caught)  # waits for the device
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # is not waited for
         scaler.step(optimizer)
         scaler.update()
-        model.enqueue(k, index)
+        model.enqueue(batch.k, index)
         end_step(report | dict(lr=rate), number, run, args, log, save_run)
-
-
-def steps_of(views, run, args):
-    """The rest of the run's epoch, with a progress bar."""
-    return bar(f"epoch {run['epoch'] + 1}/{args.epochs}", run["step"], run["steps"],
-               views.epoch(run["epoch"], run["step"]))
 
 
 def pauc(batch, clusterings, args):
@@ -512,10 +513,11 @@ def pauc(batch, clusterings, args):
 
     L_ins is over this process's rows; the others are over the whole batch, the same on every
     process, whose gradients GatherWithGradient sums and DDP divides by their number. Returns the
-    loss, and figures that are only logged: each term without its weight, by name, and the
-    accuracies, means over the clusterings. A new term is one more line: name, weight, value.
+    loss, and what is only logged, means over the clusterings: each term without its weight, and
+    accuracies. A new term is one more line: name, weight, value.
     """
-    q, k, rows, share = batch.q, batch.k, batch.rows, 1 / max(1, len(clusterings))
+    q, k, x, y, rows = batch.q, batch.k, batch.x, batch.y, batch.rows
+    share = 1 / max(1, len(clusterings))
     own = batch.index[rows].to(q.device, non_blocking=True)[:, None] == batch.queue_index
     excluded = own | (batch.queue_index == builder.EMPTY)
     value, accuracy = losses.info_nce(q[rows], k[rows], batch.queue, args.temperature, excluded)
@@ -524,12 +526,12 @@ def pauc(batch, clusterings, args):
         terms.append(("uniform", args.uniform, losses.uniformity(q, args.uniform_t)))
     for m, (assignments, prototypes, phi) in enumerate(clusterings):
         s = assignments[batch.index]
-        (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (q, k))
-        d, d_positive = (losses.deviations(z, prototypes, s) for z in (q, k))
+        (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (x, y))
+        d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
         logged.append(("images_per_prototype", q.new_full((), len(q) / len(p))))
         if args.proto:
             negatives = loader.generator(args.seed, batch.epoch, batch.step, m, device=q.device)
-            value, accuracy = losses.proto_nce(q, prototypes, phi, s, args.num_negatives, negatives)
+            value, accuracy = losses.proto_nce(x, prototypes, phi, s, args.num_negatives, negatives)
             terms.append(("proto", share * args.proto, value))
             logged.append(("acc_proto", accuracy))
         if args.align:
@@ -559,10 +561,9 @@ def rate_left(epoch, args, drop=DROP):
 
 def exchange(loss, figures, run, caught):
     """The loss and the figures as floats, means over processes, and the number of a signal that any
-    of them has caught, or 0: one collective, and the step's one wait for the device (fp16's scaler
-    has another). Before the backward, which then runs while the next batch is prepared.
-    """
-    values = [loss.detach().float(), *(x.float() for x in figures.values())]
+    has caught, or 0: one collective, and the step's one wait for the device (fp16's scaler has
+    another). Before the backward, which then runs while the next batch is prepared."""
+    values = [x.detach().float() for x in (loss, *figures.values())]
     values.append(values[0].new_full((), max(caught, default=0)))
     rows = builder.gather(torch.stack(values)[None]).tolist()  # one of each process
     *columns, numbers = zip(*rows)
@@ -627,9 +628,8 @@ def nearest(bank, bank_labels, queries, k):
 
 def vote(near, near_labels, labels, k, temperature=0.07):
     """The weighted k-nearest-neighbour classifier (arXiv 1805.01978), whose votes are proportional
-    to exp(cosine / temperature): top-1 in percent. near, near_labels: as `nearest` gives them for
-    as many neighbours or more, or those of several banks side by side; labels: (m,), the queries'
-    own."""
+    to exp(cosine / temperature): top-1 in percent. near, near_labels: as `nearest` gives them, for
+    as many neighbours or more, or of several banks, side by side; labels: the queries' own (m,)."""
     right = 0
     for cosine, its, truth in zip(*(x.split(256) for x in (near, near_labels, labels))):
         cosine, index = (x[:, :k] for x in cosine.sort(dim=1, descending=True, stable=True))
@@ -644,8 +644,8 @@ def vote(near, near_labels, labels, k, temperature=0.07):
 
 
 def lock(folder):
-    """Keep OUTPUT to this run until it ends or closes what is returned; data workers do not inherit
-    it. Sees to it that the folder is there and takes files: now, rather than after an hour."""
+    """Keep OUTPUT to this run until it ends or closes what is returned; see to it that the folder
+    is there and takes files now, rather than after an hour."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -654,11 +654,10 @@ def lock(folder):
     try:
         if dist.get_rank() == 0:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UsageError(f"--output {folder}: another run is writing there; wait for its end, or "
-                         f"give another --output") from None
-    except OSError:
-        say(f"{folder}: its file system has no locks; see to it that one run alone writes there")
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+            raise UsageError(f"--output {folder}: another run is writing there; wait for its end, "
+                             f"or give another --output") from None
     return file
 
 
@@ -696,11 +695,10 @@ def save(path, state):
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        free = shutil.disk_usage(path.parent).free
+        needed, free = (x / 1e6 for x in (buffer.tell(), shutil.disk_usage(path.parent).free))
         new.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({error.strerror}): it needs "
-                         f"{buffer.tell() / 1e6:.0f} MB, {free / 1e6:.0f} are free; what was there "
-                         f"before is as it was") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror}), needs {needed:.0f} MB of "
+                         f"{free:.0f} free; what was there before is as it was") from None
     with suppress(OSError):  # not every file system can; the file is there all the same
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename, too, is to outlive a power cut
@@ -729,9 +727,8 @@ def load(path):
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except Exception:  # torch raises nearly anything on a file that it did not write
-        raise UsageError(f"{path}: not a whole checkpoint that is data alone; it is damaged, no "
-                         f"file of torch.save, or holds objects: then save its state dict by "
-                         f"itself") from None
+        raise UsageError(f"{path}: not a whole checkpoint that is data alone; it is damaged, not "
+                         f"torch's, or holds objects: then save its state dict alone") from None
     return found
 
 
@@ -860,11 +857,8 @@ def on_gpu(args):
 
 def launch(worker, args):
     """Run worker(args) in every process of the job: this one under torchrun, which has set
-    LOCAL_RANK; else one on every GPU, or --nproc of them.
-
-    Ends the interpreter with status 2 for what the user is to mend, said in one line, and with 128
-    + its number for a signal. All else keeps its traceback.
-    """
+    LOCAL_RANK; else one on every GPU, or --nproc of them. Ends with status 2 for what the user is
+    to mend, said in one line, and with 128 + its number for a signal; bugs keep their traceback."""
     if args.device == "cuda" and not on_gpu(args):
         fail("--device cuda: torch sees no GPU here; use --device cpu")
     gpus = torch.cuda.device_count() if on_gpu(args) else None
@@ -875,8 +869,8 @@ def launch(worker, args):
         return in_process(int(os.environ.get("LOCAL_RANK", 0)), worker, args)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))  # of torch and faiss
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    processes = mp.start_processes(in_process, (worker, args, store.port, nproc), nproc,
-                                   join=False)
+    inputs = worker, args, store.port, nproc
+    processes = mp.start_processes(in_process, inputs, nproc, join=False)
     with signals(processes.pids()) as caught:
         try:
             while not processes.join(grace_period=5):
@@ -885,22 +879,20 @@ def launch(worker, args):
             status = getattr(error, "exit_code", 1)
             if store.check(["mistake"]):
                 fail(store.get("mistake").decode())
-            if status > 128:
-                sys.exit(status)
-            if status < 0 and caught:  # before it could wait for a step's end
-                sys.exit(128 + caught[0])
-            raise
+            if 0 < status < 128 or status < 0 and not caught:
+                raise
+            caught.append(status - 128)
+    if caught:
+        sys.exit(128 + caught[0])
 
 
 def in_process(local_rank, worker, args, port=None, nproc=1):
-    """One process of the job; one of `nproc` that this node has started, whose store is at `port`
-    there; or, without, one of torchrun's or one alone."""
+    """One process of the job: of the `nproc` that `launch` has started, whose store is at `port`;
+    or one of torchrun's; or the only one."""
     store, group = None, {}
     if port:
         os.setpgrp()  # the terminal's signals come by way of the parent
         os.environ |= dict(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(nproc))
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, "lo")
         store = dist.TCPStore("localhost", port, is_master=False)
         group = dict(store=store, rank=local_rank, world_size=nproc)
     elif "LOCAL_RANK" not in os.environ:
@@ -912,11 +904,10 @@ def in_process(local_rank, worker, args, port=None, nproc=1):
         dist.init_process_group("nccl" if on_gpu(args) else "gloo", timeout=DAY, **group)
         worker(args)
         dist.destroy_process_group()
-    except SystemExit:  # for a signal, on which all have agreed
-        dist.destroy_process_group()
-        raise
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # the data workers end with their loader
+        if isinstance(error, SystemExit):  # for a signal, on which all have agreed
+            dist.destroy_process_group()
         if not isinstance(error, UsageError):
             raise
         # A data worker's comes with its traceback.
