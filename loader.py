@@ -236,7 +236,7 @@ def _folder(root, classes):
     if not len(sets[0]):
         raise UsageError(shown(f"{train}: holds no image" + " in a class folder" * bool(names)))
     val = root / "val"
-    if names and val.is_dir():
+    if names and (val.is_dir() or val.is_symlink()):  # a link that leads nowhere is an error
         images, others = _by_class(val)
         left_out += others + len(images[""])
         unknown = sorted(images.keys() - {"", *known})

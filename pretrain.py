@@ -752,45 +752,49 @@ def bar(title, start, total, iterable=None, after=0):
                 dynamic_ncols=True, delay=after)
 
 
-def append(path, record, before=""):
+def append(path, record):
     """A line of JSON, which has no NaN and no infinity: null."""
     record = json.loads(json.dumps(record), parse_constant=lambda _: None)
     try:
         with open(path, "a") as file:
-            file.write(f"{before}{json.dumps(record)}\n")
+            file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
+AFTER_STEP = 0.5  # an epoch's line comes between its last step and the next epoch's first
+
+
+def place(record):
+    return record["step"] + AFTER_STEP * ("loss" not in record)
+
+
 class Log:
     """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, every start's flags among them;
-    TensorBoard in OUTPUT; and shorter lines for the terminal."""
+    TensorBoard in OUTPUT; and shorter lines for the terminal. Until a resumed run has saved, its
+    lines are in log.new: another may yet go on from another checkpoint."""
 
     def __init__(self, args, run):
         self.speaks = dist.get_rank() == 0
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter
             step = run["epoch"] * run["steps"] + run["step"]
-            self.path, self.settled = args.output / "log.jsonl", step == 0
+            self.begin = step + AFTER_STEP * (run["step"] == 0)
+            self.path = args.output / "log.jsonl"
+            self.file = self.path.with_suffix(".new") if step else self.path
+            self.file.unlink(missing_ok=True)
             self.board = SummaryWriter(args.output, purge_step=step + 1 if step else 0)
-            whole = not self.path.exists() or self.path.read_bytes().endswith(b"\n")
-            append(self.path, dict(flags=plain(args), step=step), "" if whole else "\n")
+            append(self.file, dict(flags=plain(args), step=step))
 
     def settle(self):
-        """Once a resumed run has saved a checkpoint, drop what was reported after the step that it
-        began at: those steps were made again. Till then another run may go on from there."""
-        if self.settled:
-            return
-        self.settled, kept = True, []
-        for line in self.path.read_text().splitlines():
-            with suppress(ValueError):  # half a line, of a run that was killed
-                record = json.loads(line)
-                if "flags" in record:
-                    kept = [other for other in kept if other["step"] <= record["step"]]
-                kept.append(record)
-        new = self.path.with_suffix(".new")
-        new.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(new, self.path)
+        """Once a resumed run has saved: what was reported before it began, and what it has."""
+        if self.file != self.path:
+            before = self.path.read_text().splitlines(True) if self.path.exists() else []
+            before = [line for line in before if line.endswith("\n")  # one may be cut short
+                      and place(json.loads(line)) <= self.begin]
+            self.file.write_text("".join([*before, self.file.read_text()]))
+            os.replace(self.file, self.path)
+            self.file = self.path
 
     def start_clock(self):
         self.since, self.counted = time.perf_counter(), 0
@@ -828,7 +832,7 @@ class Log:
     def report(self, record):
         if not self.speaks:
             return
-        append(self.path, record)
+        append(self.file, record)
         for name, value in record.items():
             several = isinstance(value, list)
             for i, x in enumerate(value if several else [value]):
@@ -925,17 +929,22 @@ def fail(message):
 
 
 SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+TOGETHER = 0.5  # seconds
 
 
 @contextmanager
 def signals(pids=()):
     """A list of the signals that are caught in here, and handed on to the processes `pids`. One
-    that was ignored, as SIGHUP under nohup, stays so; a second one ends the process at once."""
-    caught = []
+    that was ignored, as SIGHUP under nohup, stays so. A second one ends the process at once, unless
+    it came together with the first: what is sent to all comes by way of the parent too."""
+    caught, times = [], []
 
     def catch(number, _):
         caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        times.append(time.monotonic())
+        if times[-1] - times[0] > TOGETHER:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)

@@ -2,20 +2,19 @@
 
     python tests/study.py --grid hierarchy --seeds 10               # Gaussians: 6 s a run on a core
     python tests/study.py --data DIR --cpu --jobs 2                 # Fashion-MNIST and CIFAR-10,
-                                                                    # 24 runs of 2 or 11 min a core
-    python tests/study.py --data DIR --cpu fashionmnist --grid weights terms warmup
+                                                                    # runs of 2 or 11 min a core
     python tests/study.py --data DIR --grid main --seeds 3 --jobs 4 # ResNet-18 at 28 px, one GPU
     python tests/study.py --data DIR --dataset folder ...           # a folder, as of CIFAR-10
     python tests/study.py THE SAME --test                           # once, when all is chosen
-    python tests/study.py --plot                                    # img/*.png of what OUTPUT holds
+    python tests/study.py --plot                                    # img/hierarchy.png
     python tests/study.py --quick                                   # does it work?
 
-DIR holds FashionMNIST/raw/*.gz, or is the folder, of small images of one size; with --cpu it also
-holds cifar10/train/CLASS/* and cifar10/val/CLASS/*, of which val is the test set. A flag that is
-not in --help here goes to pretrain.py. A tenth of the training images is held out; every figure and
-choice is on it. The test set is read by --test alone, with the last epoch's weights.
+DIR holds FashionMNIST/raw/*-ubyte, or is the folder, of small images of one size; with --cpu it
+also holds cifar10/train/CLASS/* and cifar10/val/CLASS/*, of which val is the test set. A flag that
+is not in --help here goes to pretrain.py. A tenth of the training images is held out; every figure
+and choice is on it. The test set is read by --test alone, with the last epoch's weights.
 
-OUTPUT/images.jsonl and hierarchy.jsonl have one line a run, *.md the means over the first --seeds
+OUTPUT/images.jsonl and hierarchy.jsonl have one line a run, *.md the means over those --seeds
 seeds. What is there is skipped, and a run that was cut short goes on. OUTPUT/RUN/run.txt is what a
 run printed.
 
@@ -35,14 +34,15 @@ import signal
 import statistics
 import sys
 import time
+import traceback
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each run has one core; before torch reads it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import numpy as np  # noqa: E402
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.metrics import adjusted_mutual_info_score  # noqa: E402
@@ -62,9 +62,10 @@ TITLES = dict(linear="linear", knn="kNN", linear_10="10 labels", linear_2="2 lab
               test_linear="test linear", test_knn="test kNN", test_linear_10="test 10 labels",
               test_linear_2="test 2 labels", test_merged="test animals", ami="AMI",
               diversity="diversity", effective_rank="effective rank",
+              proto_diversity="diversity, prototypes", proto_effective_rank="rank, prototypes",
               merged="animals")  # the columns of a table
-DIGITS = dict(ami=3, diversity=3)  # of the others 1, of their differences 2
-QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, P = 5"], images=["PAUC"])
+DIGITS = dict(ami=3, diversity=3, proto_diversity=3)  # of the others 1, of their differences 2
+QUICK = dict(hierarchy=["PCL, P = 5", "PAUC, two heads, P = 5"], images=["PAUC, two heads"])
 CPU_FLAGS = "--arch small --batch-size 64 --queue-size 1000 --knn-every 0".split()
 CPU = {  # with --cpu: where below --data, and the flags that are no longer to be given
     "fashionmnist": ("", dict(
@@ -81,9 +82,10 @@ read, pauc = loader.load, pretrain.pauc  # the project's own
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC's study", allow_abbrev=False)
     add = parser.add_argument
-    add("--data", default="data", metavar="DIR", help="holds FashionMNIST/raw/*.gz")
+    add("--data", default="data", metavar="DIR", help="holds FashionMNIST/raw/*-ubyte")
     add("--grid", nargs="+", choices=grids(), help="default: main, with --cpu coarse")
-    add("--seeds", type=int, default=3, help="seeds 0, 1, ...")
+    add("--seeds", type=int, default=3, help="how many, from --first-seed on")
+    add("--first-seed", type=int, default=0)
     add("--jobs", type=int, default=1, help="runs at once, all on one device")
     add("--images", type=int, default=54_000, help="training images")
     add("--val-images", type=int, default=4000, help="held-out images")
@@ -113,86 +115,51 @@ def flags(**weights):
 MOCO = flags(proto=0, align=0, uniform=0, corr=0)
 MOCO_UNIFORM = flags(proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
 PCL = flags(align=0, uniform=0, corr=0)
-TERMS = "align", "uniform", "corr"
 PROTOTYPES = "5", "10", "100", "400", "1000"  # on the hierarchy
 
 
 def grids():
     """{grid: {method: (flags of pretrain, form or None, the methods that it is held against)}}."""
-    moco = {"MoCo": (MOCO, None, []), "MoCo + uniformity": (MOCO_UNIFORM, None, ["MoCo"])}
-    hierarchy = {name: (["--num-clusters", "10", *own], form, bases)
-                 for name, (own, form, bases) in moco.items()}
-    more = {}
+    hierarchy = {}
     for P in PROTOTYPES:
-        hierarchy |= methods([P]) | variants(forms(), [P])
-        more |= variants({"PCL, ProtoNCE x 3": (flags(proto=3, align=0, uniform=0, corr=0), None)}
-                         | weights() | alone() | left_out(), [P])
-    return dict(main=moco | methods(), coarse=moco | methods(["10", "40"]),
-                few=moco | methods(["4"]), queue=queues(["10", "40"]),
-                warmup=variants(warmups(), ["10", "40"]),
-                weights=variants(weights(), ["10", "40"]),
-                terms=variants(alone() | left_out(), ["10", "40"]),
-                forms=variants(forms(), ["4"]) | variants(forms(), ["10", "40"]),
-                hierarchy=hierarchy, hierarchy_terms=more, hierarchy_queue=queues(["100"]),
-                hierarchy_weights=variants(weights(), ["10"]) | variants(weights(), ["100"]),
-                hierarchy_warmup=variants(warmups(), ["10"]) | variants(warmups(), ["100"]))
+        hierarchy |= methods([P], ["--num-clusters", "10"])
+    few = methods(["10", "40"])
+    weights = {f"PAUC, weights {w:g}, P = 10, 40": (
+        [*few["PAUC, two heads, P = 10, 40"][0], *flags(align=w, uniform=w, corr=w)], None,
+        ["PAUC, two heads, P = 10, 40"]) for w in (0.1, 1)}
+    first = {f"PAUC, first reading, P = {P}": (["--num-clusters", P, "--heads", "1"],
+             "first reading", [f"PCL, P = {P}", f"PAUC, one head, P = {P}"]) for P in PROTOTYPES}
+    return dict(main=methods([]), coarse=few, weights=weights, hierarchy=hierarchy,
+                hierarchy_first=first)
 
 
-def methods(sizes=()):
-    """PCL and PAUC, with so many prototypes."""
-    return (variants({"PCL": (PCL, None)}, sizes, ["MoCo"])
-            | variants({"PAUC": ([], None)}, sizes, ["MoCo", "MoCo + uniformity", "PCL"]))
-
-
-def variants(named, sizes=(), bases=("PCL", "PAUC")):
-    """Methods with so many prototypes, held against `bases`, of which PCL and PAUC have as many."""
+def methods(sizes, moco=()):
+    """PAUC with two heads and with one, each also with uniformity of weight 1, and their controls.
+    moco: more flags of those that have no prototypes."""
+    P = f", P = {', '.join(sizes)}" if sizes else ""
     more = ["--num-clusters", *sizes] if sizes else []
-    own = f", P = {', '.join(sizes)}" if sizes else ""
-    bases = [base if base.startswith("MoCo") else base + own for base in bases]
-    return {name + own: ([*more, *given], form, bases) for name, (given, form) in named.items()}
-
-
-def weights():
-    return {f"PAUC, weights {w:g}": (flags(align=w, uniform=w, corr=w), None) for w in (0.1, 1)}
-
-
-def alone():
-    return {f"PCL + {term}": (flags(**dict.fromkeys({*TERMS} - {term}, 0)), None)
-            for term in TERMS}
-
-
-def left_out():
-    return {f"PAUC without {term}": (flags(**{term: 0}), None) for term in ("proto", *TERMS)}
-
-
-def forms():
-    return {f"PAUC, {name}": ([], name) for name in FORMS}
-
-
-def warmups():
-    """In epochs: the hierarchy and Fashion-MNIST with --cpu have 20."""
-    return {f"PAUC, warm-up {epochs}": (["--warmup-epochs", str(epochs)], None)
-            for epochs in (0, 2, 10)}
-
-
-def queues(sizes):
-    """PAUC with a queue of a quarter of the images or of all, each with a query's own older keys
-    masked or as negatives."""
-    own, full = "own keys as negatives", ["--queue-size", str(VECTORS)]
-    named = {own: ([], own), "queue of all": (full, None), f"queue of all, {own}": (full, own)}
-    named = {f"PAUC, {name}": method for name, method in named.items()}
-    return methods(sizes) | variants(named, sizes, ["PAUC"])
-
-
-# ------------------------------------------------------------------- other forms of the three terms
+    one, two, hard = ["--heads", "1"], ["--heads", "2"], flags(uniform=1)
+    pcl, own = f"PCL{P}", f"PAUC, one head{P}"
+    plain, strong = "MoCo + uniformity", "MoCo + uniformity 1"
+    return {
+        "MoCo": ([*moco, *MOCO], None, []),
+        plain: ([*moco, *MOCO_UNIFORM], None, ["MoCo"]),
+        strong: ([*moco, *MOCO_UNIFORM, *hard], None, ["MoCo", plain]),
+        pcl: ([*more, *one, *PCL], None, ["MoCo"]),
+        own: ([*more, *one], None, ["MoCo", plain, pcl]),
+        f"PAUC, one head, uniformity 1{P}": ([*more, *one, *hard], None, [strong, pcl, own]),
+        f"PAUC, two heads{P}": ([*more, *two], None, ["MoCo", plain, pcl, own]),
+        f"PAUC, two heads, uniformity 1{P}": (
+            [*more, *two, *hard], None, ["MoCo", plain, strong, pcl, own, f"PAUC, two heads{P}"])}
 
 
 def first_reading(batch, clusterings, args):
     """All three terms on the batch's means of the prototypes. Takes and returns what pauc does."""
-    loss, figures = pauc(batch, clusterings, without(args, *TERMS))
+    without = argparse.Namespace(**vars(args) | dict(align=0, uniform=0, corr=0))
+    loss, figures = pauc(batch, clusterings, without)
     for clustering in clusterings:
         s = clustering[0][batch.index]
-        p, p_positive = (losses.prototype_features(z, s)[0] for z in (batch.q, batch.k))
+        p, p_positive = (losses.prototype_features(z, s)[0] for z in (batch.x, batch.y))
         terms = (args.align * losses.alignment(p, p_positive, args.align_alpha)
                  + args.uniform * losses.uniformity(p, args.uniform_t)
                  + args.corr * losses.correlation(p, p_positive, args.corr_lambda))
@@ -200,37 +167,7 @@ def first_reading(batch, clusterings, args):
     return loss, figures
 
 
-def without(args, *terms):
-    args = copy.copy(args)
-    for term in terms:
-        setattr(args, term, 0)
-    return args
-
-
-def uniformity_within(batch, clusterings, args):
-    """Uniformity over the pairs of images of one prototype alone, the mean over clusterings:
-    log mean_{i != l, s(i) = s(l)} exp( -t ||q_i - q_l||^2 )."""
-    loss, figures = pauc(batch, clusterings, without(args, "uniform"))
-    distances = 2 - 2 * batch.q @ batch.q.T  # NxN
-    for clustering in clusterings:
-        s = clustering[0][batch.index].to(batch.q.device)
-        pairs = (s[:, None] == s).fill_diagonal_(False)
-        if pairs.any():
-            term = (-args.uniform_t * distances[pairs]).logsumexp(0) - pairs.sum().log()
-            loss = loss + args.uniform * term / len(clusterings)
-    return loss, figures
-
-
-def own_keys_as_negatives(batch, clusterings, args):
-    """As in MoCo: a query's own older keys, where the queue holds some, are negatives."""
-    full = batch.queue_index >= 0
-    return pauc(batch._replace(queue_index=batch.queue_index.masked_fill(full, builder.UNKNOWN)),
-                clusterings, args)
-
-
-FORMS = {"first reading": first_reading, "uniformity within": uniformity_within}
-QUEUES = {"own keys as negatives": own_keys_as_negatives}
-LOSSES = {None: pauc} | FORMS | QUEUES  # what stands in for pretrain.pauc, by a run's "form"
+LOSSES = {None: pauc, "first reading": first_reading}  # what stands in for pretrain.pauc
 
 
 # ------------------------------------------------------------------------ a hierarchy of Gaussians
@@ -261,69 +198,96 @@ def view(x, generator):
 
 def train_on_hierarchy(flags, seed, form=pauc, steps=600):
     """A run, a quarter of it warm-up. flags: pretrain's, with --num-clusters P. form: what takes
-    and returns what pauc does. Returns the encoders in eval mode (encoder[0] is the backbone), the
-    vectors, their labels and the flags."""
+    and returns what pauc does. Returns the encoders in eval mode (encoder[0] is the backbone, and
+    there are `--heads` heads), the vectors, their labels and the flags."""
     args = pretrain.parse_args(["--temperature", "0.2", "--warmup-epochs", "5", *flags])
-    args.device, args.kmeans_threads, args.seed = torch.device("cpu"), 1, seed
+    args.device, args.seed = torch.device("cpu"), seed
     generator = torch.Generator().manual_seed(seed)
     x, x_val, labels = gaussians(generator)
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.Linear(DIMENSIONS, HIDDEN), nn.BatchNorm1d(HIDDEN), nn.ReLU(),
                              nn.Linear(HIDDEN, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
-    encoder_q = nn.Sequential(backbone, nn.Linear(WIDTH, WIDTH), nn.ReLU(),
-                              nn.Linear(WIDTH, EMBEDDING))
+    head = [nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, EMBEDDING)]
+    if args.heads == 2:
+        second = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, EMBEDDING))
+        head = [builder.TwoHeads(nn.Sequential(*head), second)]
+    encoder_q = nn.Sequential(backbone, *head)
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
-    optimizer = torch.optim.SGD(encoder_q.parameters(), RATE, momentum=0.9, weight_decay=1e-4)
+    groups = [dict(params=[x for name, x in encoder_q.named_parameters()
+                           if ("prototype" in name) == second])
+              for second in (False, True)[:args.heads]]
+    optimizer = torch.optim.SGD(groups, RATE, momentum=0.9, weight_decay=args.wd)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     size = args.queue_size or QUEUE
     queue, queue_index = torch.zeros(EMBEDDING, size), torch.full((size,), builder.EMPTY)
     warmup, clusterings = steps * args.warmup_epochs // EPOCHS, []
     for step in range(steps):
         if step >= warmup and (step - warmup) % CLUSTER_EVERY == 0:
-            v = F.normalize(encoder_k.eval()(x), dim=1)
+            v, *others = levels(encoder_k.eval(), x)
             clusterings = [pretrain.kmeans(v, P, loader.seed_of(seed, step), args)[0]
                            for P in args.num_clusters]
+            for y in others:
+                clusterings = [losses.prototype_level(y, s, len(c), args.temperature)
+                               for s, c, _ in clusterings]
+        for group in optimizer.param_groups[1:]:
+            group["weight_decay"] = args.wd if clusterings else 0
         index = torch.randperm(VECTORS, generator=generator)[:BATCH]
         with torch.no_grad():
             torch._foreach_lerp_([*encoder_k.parameters()], [*encoder_q.parameters()], 1 - KEEP)
-            k = F.normalize(encoder_k.train()(view(x[index], generator)), dim=1)
-        q = F.normalize(encoder_q(view(x[index], generator)), dim=1)
-        batch = losses.Batch(q, k, index, queue, queue_index, slice(0, BATCH), 0, step)
+            k = levels(encoder_k.train(), view(x[index], generator))
+        q = levels(encoder_q, view(x[index], generator))
+        batch = losses.Batch(q[0], k[0], q[-1], k[-1], index, queue, queue_index,
+                             slice(0, BATCH), 0, step)
         loss, _ = form(batch, clusterings, args)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         columns = (step * BATCH + torch.arange(BATCH)) % size
-        queue[:, columns], queue_index[columns] = k.T, index
+        queue[:, columns], queue_index[columns] = k[0].T, index
     return encoder_q.eval(), encoder_k.eval(), x, x_val, labels, args
+
+
+def levels(encoder, x):
+    """The unit rows (n, EMBEDDING) of each head."""
+    return F.normalize(encoder(x).view(len(x), -1, EMBEDDING), dim=2).unbind(1)
 
 
 def hierarchy(flags, seed, form=pauc, steps=600):
     """The figures of a run: of the 100 classes the probes in percent, on vectors that were not
-    trained on; of the embeddings' 10 clusters the AMI with the groups, and the diversity."""
+    trained on; of the embeddings' 10 clusters the AMI with the groups, and the diversity; the
+    latter, and the rank, of either level where there are two."""
     torch.set_num_threads(1)
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     run = train_on_hierarchy(flags, seed, form, steps)
     encoder_q, encoder_k, x, x_val, labels, args = run
     with torch.inference_mode():
         bank, queries = (F.normalize(encoder_q[0](part), dim=1) for part in (x, x_val))
-        v = F.normalize(encoder_k(x), dim=1)
+        v, *others = levels(encoder_k, x)
     args.kmeans_restarts = 3
     clustering, _ = pretrain.kmeans(v, GROUPS, seed, args)
     group = labels // (CLASSES // GROUPS)
     return dict(linear=linear(bank, labels, queries, labels),
-                knn=neighbours(bank, labels, queries, labels),
+                knn=knn(bank, labels, queries, labels),
                 **few_labels(bank, labels, queries, labels),
                 ami=adjusted_mutual_info_score(group, clustering.assignments),
                 diversity=losses.coagulation(v, *clustering[:2])["diversity"],
-                effective_rank=losses.effective_rank(v))
+                effective_rank=losses.effective_rank(v),
+                **second_level(others, lambda y: pretrain.kmeans(y, GROUPS, seed, args)[0]))
 
 
-def neighbours(bank, labels, queries, truth, k=20):
-    """Top-1 in percent of the k nearest by cosine, with the votes of pretrain's monitor."""
-    near, rows = (queries @ bank.T).topk(k)
-    votes = torch.zeros(len(queries), CLASSES).scatter_add_(1, labels[rows], (near / 0.07).exp())
-    return 100 * (votes.argmax(1) == truth).double().mean().item()
+def second_level(others, kmeans):
+    """Coagulation at the prototype level, where there is one: in clusters of its own."""
+    return {name: value for y in others for name, value in dict(
+        proto_diversity=losses.coagulation(y, *kmeans(y)[:2])["diversity"],
+        proto_effective_rank=losses.effective_rank(y)).items()}
+
+
+def knn(bank, labels, queries, truth):
+    """Top-1 in percent as pretrain's monitor has it."""
+    near = pretrain.nearest(bank, labels, queries, pretrain.NEIGHBOURS)
+    return pretrain.vote(*near, truth, pretrain.NEIGHBOURS)
 
 
 def linear(bank, labels, queries, truth):
@@ -369,21 +333,18 @@ def small_resnet(arch="small", small_images=True, bn_splits=1):
 def data(args, held_out="val"):
     """What stands in for loader.load: "train" are the first nine tenths of a fixed permutation of
     the training images, "val" is the rest of them, or the test set."""
-    def take(whole, rows, device):
+    def take(whole, rows):
         images = whole.images[rows].permute(0, 2, 3, 1).squeeze(3)
-        return loader.Arrays(images.numpy(), whole.labels[rows].numpy(), device)
+        return loader.Arrays(images.numpy(), whole.labels[rows].numpy())
 
-    def load(dataset, root, classes, bits, device):
-        whole, test = read(dataset, root, device="cpu")
+    def load(dataset, root, classes):
+        whole, test = read(dataset, root)
         order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
         most = len(whole) * 9 // 10
-        train = take(whole, order[:most][:args.images], device)
+        train = take(whole, order[:most][:args.images])
         if held_out == "test":
-            val = take(test, torch.arange(len(test)), device)
-        else:
-            val = take(whole, order[most:][:args.val_images], device)
-        val.statistics = train.statistics
-        return train, val
+            return train, take(test, torch.arange(len(test)))
+        return train, take(whole, order[most:][:args.val_images])
     return load
 
 
@@ -401,8 +362,8 @@ def on_images(run, args, record):
         builder.build_backbone = small_resnet
     argv = [args.data, "--dataset", "fashionmnist", "--nproc", "1", *args.flags, *run["flags"],
             "--seed", str(run["seed"]), "--output", str(folder), "--resume", "auto"]
-    if torch.distributed.is_initialized():  # a run that failed has left it
-        torch.distributed.destroy_process_group()
+    if dist.is_initialized():  # a run that failed has left it
+        dist.destroy_process_group()
     try:
         if "linear" not in record:
             started, loader.load = time.time(), data(args)
@@ -419,6 +380,9 @@ def on_images(run, args, record):
         if ended.code > 128:  # a signal: no more runs
             os._exit(ended.code)
         return None
+    except Exception:
+        traceback.print_exc()
+        return None
     device = torch.cuda.get_device_name() if cuda else "cpu"
     return record | dict(argv=argv, torch=torch.__version__, device=device)
 
@@ -430,29 +394,30 @@ def measure(argv, path, labels_alone=False):
 
     def worker(args):
         train, val = pretrain.open_data(args)
+        pretrain.settle(args, train, val, None)
         checkpoint = pretrain.load(path)
         state = {name.removeprefix("module."): x for name, x in checkpoint["state_dict"].items()}
         model = builder.MoCo(args.arch, args.dim, state["queue"].shape[1], args.moco_m, args.mlp,
-                             args.crop_size < loader.SMALL_CROP)
+                             args.crop_size < loader.SMALL_CROP,
+                             heads=checkpoint["args"].get("heads", 1))
         model.load_state_dict(state)
         model.to(args.device, memory_format=torch.channels_last)
         backbone = builder.backbone_of(model.encoder_q)
         both = [pretrain.embed(backbone, split, args) for split in (train, val)]
         bank, labels, queries, truth = parts = [
             x.cpu() for features, own in both for x in (F.normalize(features, dim=1), own)]
-        near = pretrain.nearest(bank, labels, queries, pretrain.NEIGHBOURS)
-        found["knn"] = pretrain.vote(*near, truth, train.num_classes, pretrain.NEIGHBOURS)
-        found.update(linear=linear(*parts), **few_labels(*parts))
+        found.update(knn=knn(*parts), linear=linear(*parts), **few_labels(*parts))
         if args.dataset == "folder":  # CIFAR-10's
             found["merged"] = linear(bank, ANIMALS[labels], queries, ANIMALS[truth])
         if labels_alone:
             return
-        classes = lincls.kmeans(bank, train.num_classes, args).assignments.cpu()
-        v = F.normalize(pretrain.embed(model.encoder_k, train, args)[0], dim=1)
-        assignments, prototypes, _ = lincls.kmeans(v, MEASURED, args)
+        classes = lincls.best_kmeans(bank, train.num_classes, args).assignments.cpu()
+        v, *others = model.unit_rows(pretrain.embed(model.encoder_k, train, args)[0]).unbind(1)
+        assignments, prototypes, _ = lincls.best_kmeans(v, MEASURED, args)
         found.update(losses.coagulation(v, assignments, prototypes), epoch=checkpoint["epoch"],
                      effective_rank=losses.effective_rank(v),
-                     ami=adjusted_mutual_info_score(labels, classes))
+                     ami=adjusted_mutual_info_score(labels, classes),
+                     **second_level(others, lambda y: lincls.best_kmeans(y, MEASURED, args)))
     pretrain.launch(worker, pretrain.parse_args(argv))
     return found
 
@@ -524,7 +489,7 @@ def run_all(title, chosen, function, settings, args):
         methods = {name: methods[name] for name in QUICK[title]}
     wanted = "test_linear" if args.test and title == "images" else "linear"
     seeds = 1 if args.quick and title == "images" else args.seeds
-    for seed in range(seeds):  # all methods of one seed first
+    for seed in range(args.first_seed, args.first_seed + seeds):  # all methods of one seed first
         for name, (own, form, _) in methods.items():
             folder = re.sub(r"[^A-Za-z0-9.]+", "-", name) + f"-s{seed}"
             run = dict(name=name, seed=seed, flags=own, form=form, folder=folder)
@@ -551,7 +516,8 @@ def run_all(title, chosen, function, settings, args):
     known = {name: bases for grid, methods in grids().items()
              if grid.startswith("hierarchy") == (title == "hierarchy")
              for name, (_, _, bases) in methods.items()}
-    records = {key: record for key, record in records.items() if key[1] < args.seeds}
+    records = {key: record for key, record in records.items()
+               if args.first_seed <= key[1] < args.first_seed + args.seeds}
     text = f"{json.dumps(settings)}\n\n{table(records, known)}"
     table_file.write_text(text)
     print(text)
@@ -602,17 +568,10 @@ def table(records, known):
 
 
 def plot(args):
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        sys.exit("--plot needs matplotlib: pip install matplotlib")
+    from matplotlib import pyplot  # pip install matplotlib
     args.img.mkdir(parents=True, exist_ok=True)
-    pyplot.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
-                            "savefig.dpi": 110})
+    pyplot.rcParams.update({"font.size": 9, "savefig.dpi": 110})
     plot_hierarchy(pyplot, args.img / "hierarchy.png", args.steps)
-    found = {path.parent.name: read_runs(path) for path in args.output.glob("**/images.jsonl")}
-    if found:
-        plot_front(pyplot, found, args.img / "front.png")
 
 
 def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
@@ -626,7 +585,7 @@ def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
         _, encoder_k, x, _, labels, _ = run
         rows = labels // (CLASSES // GROUPS) == group
         with torch.inference_mode():
-            v = F.normalize(encoder_k(x[rows]), dim=1)
+            v = levels(encoder_k, x[rows])[0]
         v, label = v - v.mean(0), labels[rows] % (CLASSES // GROUPS)
         spread = v.square().sum(1).mean().item()
         radii.append(spread ** 0.5)
@@ -640,30 +599,6 @@ def plot_hierarchy(pyplot, path, steps, seed=0, group=4):
         axis.set(title=f"{name}: diversity {2 * spread:.2f}", aspect="equal")
         axis.axis("off")
     figure.savefig(path, bbox_inches="tight")
-
-
-def plot_front(pyplot, found, path):
-    """What prototypes are for against what coagulation costs: few labels and all of them against
-    the embeddings' effective rank, a row a data set, a point a method, with standard errors."""
-    figure, axes = pyplot.subplots(len(found), 2, figsize=(9, 2.9 * len(found)), squeeze=False,
-                                   layout="constrained", sharex="row")
-    for row, (name, records) in zip(axes, sorted(found.items())):
-        methods = dict.fromkeys(method for method, _ in records)
-        for axis, title in zip(row, ("linear_2", "linear")):
-            for i, method in enumerate(methods):
-                values = [record for (other, _), record in records.items() if other == method]
-                plot_point(axis, method, [[value[key] for value in values]
-                                          for key in ("effective_rank", title)], "osD^v<>P"[i % 8])
-            axis.set(xlabel="effective rank", ylabel=f"{TITLES[title]}, top-1 in %", title=name)
-        row[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    figure.savefig(path)
-
-
-def plot_point(axis, method, values, marker):
-    (x, dx), (y, dy) = ((np.mean(z), np.std(z, ddof=1) / len(z) ** 0.5 if len(z) > 1 else 0)
-                        for z in values)
-    colour = "tab:blue" if "PAUC" in method else "tab:orange" if "PCL" in method else "0.5"
-    axis.errorbar(x, y, dy, dx, color=colour, marker=marker, label=f"{method} (n={len(values[0])})")
 
 
 if __name__ == "__main__":
