@@ -1,8 +1,8 @@
 """The momentum-queue model (MoCo, arXiv 1911.05722): two encoders, a queue, shuffled BN, gathering
 across processes; and reading a backbone out of any checkpoint.
 
-A process group must exist, also for one process. Shapes: n images of this process, N of all of
-them, C dimensions, Q queue length.
+A process group must exist, also for one process. n images of this process, N of all, C dimensions,
+H heads, Q queue length.
 """
 import copy
 
@@ -25,10 +25,8 @@ def build_backbone(arch, small_images=False, bn_splits=1):
     """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width.
 
     small_images: the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no
-    max-pool. bn_splits: BN statistics over so many slices of the batch.
-
-    A network of one's own goes here: all else asks for is that its last layer is called `fc`, and
-    is the identity.
+    max-pool. bn_splits: BN statistics over so many slices of the batch. A network of one's own goes
+    here: all else asks for is that its last layer is called `fc`, and is the identity.
     """
     if arch not in models.list_models(module=models):
         raise UsageError(f"--arch {arch}: no classifier of torchvision's, as resnet50 is")
@@ -92,11 +90,7 @@ class TwoHeads(nn.Sequential):
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BN over `splits` consecutive slices of the batch, each with statistics of its own, as if on
-    as many processes.
-
-    The running statistics are those of the first slice, as in a run of several processes they are
-    those of the first.
-    """
+    as many processes; the running ones are the first's, as theirs are the first process's."""
 
     def __init__(self, bn, splits):
         super().__init__(bn.num_features, bn.eps, bn.momentum)
@@ -142,20 +136,18 @@ def load_backbone(encoder, checkpoint, path, arch):
     if not prefixes:
         raise UsageError(f"{path}: holds no backbone with a tensor {first}; give a checkpoint of "
                          f"PAUC, MoCo or PCL, a backbone.pth, or weights of torchvision")
-
-    def places(prefix):
-        leads = not any(word in prefix for word in FOLLOWERS)
-        return sum(prefix + name in state for name in wanted), leads
-    prefix = max(prefixes, key=places)  # the first of the best
+    prefix = max(prefixes, key=lambda prefix: (  # of equal ones the first
+        sum(prefix + name in state for name in wanted),
+        not any(word in prefix for word in FOLLOWERS)))
     found = {name: state[prefix + name] for name in wanted if prefix + name in state}
+    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in wanted})
+    more = {name for name in state if name.startswith(layers)
+            and name.endswith((".weight", ".bias"))} - {prefix + name for name in wanted}
     wrong = [f"{name} is missing" for name in wanted
              if name not in found and "num_batches" not in name]
     wrong += [f"{name} is {list(x.shape)}, not {list(wanted[name].shape)}"
               for name, x in found.items() if x.shape != wanted[name].shape]
-    layers = tuple({f"{prefix}{name.split('.')[0]}." for name in wanted})
-    known = {prefix + name for name in wanted}
-    wrong += sorted(f"{name} is one too many" for name in state.keys() - known
-                    if name.startswith(layers) and name.endswith((".weight", ".bias")))
+    wrong += [f"{name} is one too many" for name in sorted(more)]
     if wrong:
         raise UsageError(f"{path}: its weights are not those of --arch {arch} ({wrong[0]}); name "
                          f"the --arch and --crop-size that it was trained with")
@@ -194,9 +186,9 @@ class MoCo(nn.Module):
         """Queries of this process's images and keys of all: q (n, H, C) with gradient, k (N, H, C)
         without, unit rows, in the queue's dtype.
 
-        im_q, im_k: (n, 3, H, W), the two views. permutation: (N,) long, the same on every process:
-        the order in which the processes' images meet in the key encoder's BN, so that a key's
-        statistics do not give its query away.
+        im_q, im_k: (n, 3, S, S), the two views. permutation: (N,) long, the same on every process:
+        the order in which the images meet in the key encoder's BN, so that a key's statistics do
+        not give its query away.
         """
         q = self.unit_rows(self.encoder_q(im_q))  # queries: nxHxC
         with torch.no_grad():
@@ -251,11 +243,8 @@ def gather(x):
 
 class GatherWithGradient(torch.autograd.Function):
     """As `gather`, with a backward that sums the gradients of all processes (as VICReg's, arXiv
-    2105.04906).
-
-    A loss that every process evaluates on the gathered rows so gives each process world_size times
-    its gradient, and DDP's mean over processes is exact.
-    """
+    2105.04906): a loss that each evaluates on the gathered rows gives it world_size times its
+    gradient, and DDP's mean over processes is exact."""
 
     @staticmethod
     def forward(ctx, x):

@@ -225,8 +225,7 @@ def _folder(root, classes):
     convention, checked. Images beside class folders are left out."""
     root = Path(root)
     if not root.is_dir():
-        raise UsageError(shown(f"{root}: no such folder; give one that holds train/CLASS/*.jpg, or "
-                               f"any tree of images"))
+        raise UsageError(shown(f"{root}: no such folder; give train/CLASS/* or any images"))
     train = root / "train" if (root / "train").is_dir() else root
     images, left_out = _by_class(train)
     known = sorted(images.keys() - {""}) if train != root else []
@@ -270,12 +269,12 @@ def _walk(folder):
     seen, starts = {*folder.resolve().parents}, [folder]
     for start in starts:
         for path, folders, files in os.walk(start, onerror=_unreadable):
-            real = Path(path).resolve()
+            real, below = Path(path).resolve(), os.path.relpath(path, folder)
             folders[:] = sorted(name for name in folders if name[0] != "." and real not in seen)
             files = [name for name in files if name[0] != "." and real not in seen]
             seen.add(real)
             starts += filter(os.path.islink, [os.path.join(path, name) for name in folders])
-            yield from (os.path.relpath(os.path.join(path, name), folder) for name in files)
+            yield from (name if below == os.curdir else f"{below}/{name}" for name in files)
 
 
 def _unreadable(error):
@@ -293,7 +292,8 @@ def _files(root, folder, images, classes):
     labels = {name: label for label, name in enumerate(classes)} or dict.fromkeys(images, -1)
     samples = [(path, label) for name, label in labels.items() for path in images.get(name, ())]
     samples.sort(key=lambda sample: (sample[1], sample[0]))
-    names = [os.path.relpath(folder / path, root) for path, _ in samples]
+    below = "" if folder == root else f"{folder.name}/"
+    names = [below + path for path, _ in samples]
     return Files(root, names, [label for _, label in samples], classes)
 
 

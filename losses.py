@@ -2,22 +2,20 @@
 
     L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ]
 
-`info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published:
-`prototype_features`, `alignment`, `uniformity` and `correlation` are this project's reading of its
-abstract, the third one. The first had all three terms on the batch's mean of each prototype, which
-makes every dimension a function of the prototype where prototypes are few: the very coagulation
-that the terms are to cure. In the second uniformity acts on images and correlation on how they
-deviate from their prototype, but one embedding that is to gather images and to spread them gives up
-what either wins. The third has two levels, each with its own head on the same backbone: InfoNCE and
-uniformity act on instances q, k; ProtoNCE, alignment and correlation on x, y. With one head x is q
-and y is k: the second reading.
+`info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published: its
+three terms are this project's third reading of the abstract. The first had all of them on the
+batch's mean of each prototype, which makes every dimension a function of the prototype where these
+are few: the very coagulation that they are to cure. In the second uniformity acts on images and
+correlation on how they deviate from their prototype, but one embedding that is to gather images and
+to spread them gives up what either wins. The third has two levels, each with its own head on the
+same backbone: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment and correlation on
+x, y. With one head x is q and y is k: the second reading.
 
 N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J
 distinct prototypes in the batch. Losses are 0-dim and keep the dtype and device of their input;
 call them in float32 or float64, outside autocast. Assignments may be on the CPU when the rest is on
-a GPU: then no loss waits for the GPU. Those that are not in [0, P) raise IndexError (on a GPU: a
-device assert at most). An `accuracy` is how often the positive has the largest logit: a detached
-fraction in [0, 1].
+a GPU: then no loss waits for it. Those not in [0, P) raise IndexError (on a GPU: a device assert at
+most). An `accuracy` is how often the positive has the largest logit: a detached fraction.
 """
 import math
 from typing import NamedTuple
@@ -54,10 +52,8 @@ class Clustering(NamedTuple):
 
 def info_nce(q, k, queue, temperature, excluded=None):
     """InfoNCE with a queue (MoCo, arXiv 1911.05722, eq. 1): which of [q.k, q.queue] / T is the key?
-
     q, k: (N, C) unit rows, queue: (C, Q) unit columns. excluded: (N, Q) bool, queued keys that are
-    no negatives of a query. Returns loss, accuracy.
-    """
+    no negatives of a query. Returns loss, accuracy."""
     negatives = q @ queue  # NxQ
     if excluded is not None:
         negatives = negatives.masked_fill(excluded, -math.inf)
@@ -71,10 +67,9 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
 
     q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments:
     (N,) long, each image's own prototype s. S is the set of distinct prototypes that the batch
-    touches and `num_negatives` others, drawn without replacement from `generator`, on the device
-    that it lives on; all P where there are no more, or with None. Returns loss, accuracy.
-
-    S is a set, unlike in PCL's code, where two images of one prototype are each other's negatives.
+    touches and `num_negatives` others, drawn without replacement from `generator` on its device;
+    all P where there are no more, or with None. A set, unlike in PCL's code, where two images of
+    one prototype are each other's negatives. Returns loss, accuracy.
     """
     num_prototypes = len(prototypes)
     _check_range(assignments, num_prototypes)
@@ -121,29 +116,21 @@ def prototype_features(z, assignments):
 
 def deviations(z, prototypes, assignments):
     """How each image differs from its own stored prototype: d_i = z_i - c_s(i), (N, C).
-
-    z: (N, C) embeddings, prototypes: (P, C), assignments: (N,) long.
-    """
+    z: (N, C) embeddings, prototypes: (P, C), assignments: (N,) long."""
     _check_range(assignments, len(prototypes))
     return z - prototypes[assignments.to(z.device, non_blocking=True)]
 
 
 def alignment(p, p_positive, alpha=2.0):
     """Prototype-level alignment, our reading after Wang & Isola (arXiv 2005.10242):
-    mean_j ||p_j - p+_j||^alpha.
-
-    p, p_positive: (J, C) unit rows, the features of the same prototypes in the two views. alpha: 1
-    or more.
-    """
+    mean_j ||p_j - p+_j||^alpha, alpha 1 or more. p, p_positive: (J, C) unit rows, the features of
+    the same prototypes in the two views."""
     return (p - p_positive).norm(dim=1).pow(alpha).mean()
 
 
 def uniformity(z, t=2.0):
     """Uniformity of the batch's images, our reading after Wang & Isola (arXiv 2005.10242):
-    log mean_{i != l} exp(-t ||z_i - z_l||^2).
-
-    z: (N, C) unit rows. At most 0; 0 when N < 2.
-    """
+    log mean_{i != l} exp(-t ||z_i - z_l||^2). z: (N, C) unit rows. At most 0; 0 when N < 2."""
     if len(z) < 2:
         return 0 * z.sum()
     square = z.square().sum(1)

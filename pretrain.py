@@ -55,6 +55,7 @@ QUEUE_SHARE = 4  # the default queue is at most such a part of the images
 SPREAD_UP_TO = 4096  # prototypes; the cost of centroids far apart grows with their square
 NEIGHBOURS = 20  # of the kNN monitor
 DROP = 0.1  # of the learning rate at each epoch of --schedule
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DAY = timedelta(days=1)  # others wait in a collective while one clusters or downloads
 
 
@@ -160,6 +161,7 @@ def main_worker(args):
         model.encoder_k.load_state_dict(model.encoder_q.state_dict())
         say(f"init    {args.init}: {prefix}*")
     ddp = distributed(model.to(args.device, memory_format=torch.channels_last))
+    backbone = builder.backbone_of(model.encoder_q)
     optimizer = torch.optim.SGD(model.parameter_groups(), args.lr, momentum=args.momentum,
                                 weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
@@ -181,6 +183,10 @@ def main_worker(args):
         state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
         save_checkpoint(args.output / name, args, state, ddp, optimizer, scaler, log,
                         digest=train.digest)
+        if dist.get_rank() == 0:  # with torchvision's names
+            save(args.output / "backbone.pth", dict(
+                arch=args.arch, epoch=run["epoch"], args=plain(args),
+                state_dict={name: x.cpu() for name, x in backbone.state_dict().items()}))
 
     with signals() as caught:
         while run["epoch"] < args.epochs:
@@ -191,12 +197,11 @@ def main_worker(args):
             done = epoch + 1
             figures = dict(epoch=done, step=done * run["steps"], **run["figures"])
             if val and args.knn_every and (done % args.knn_every == 0 or done == args.epochs):
-                figures["knn"] = monitor(builder.backbone_of(model.encoder_q), train, val, args)
+                figures["knn"] = monitor(backbone, train, val, args)
             line = log.epoch(figures | dict(seconds=time.perf_counter() - start), run, args)
             run.update(epoch=done, step=0, clusterings=[], figures={})
             if args.keep_every and done % args.keep_every == 0:
                 save_run(f"checkpoint_{done:04d}.pth")
-            save_backbone(builder.backbone_of(model.encoder_q), run, args)
             save_run()  # last: a run that is killed before it does all of this again
             say(line)
     log.close()
@@ -216,10 +221,9 @@ def open_data(args):
     labels = f"in {train.num_classes} classes" if train.num_classes else "without labels"
     say(f"data    {args.dataset} of {loader.shown(args.dir)}: {len(train)} images {labels}, "
         f"{len(val or ())} to evaluate on, {train.left_out} other files left out")
-    if val and dist.get_rank() == 0:
-        same, looked = val.among(train)
-        if same:
-            say(f"        {same} of {looked} images to evaluate on are training images too")
+    same, looked = val.among(train) if val and dist.get_rank() == 0 else (0, 0)
+    if same:
+        say(f"        {same} of {looked} images to evaluate on are training images too")
     return train, val
 
 
@@ -258,7 +262,7 @@ def settle_machine(args, sets):
         data.to(args.device)
     if args.workers is None:  # on the CPU they would only share the cores
         nproc = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.workers = min(16, max(1, cores() // nproc)) if cuda else 0
+        args.workers = min(16, max(1, CORES // nproc)) if cuda else 0
     if args.amp == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         args.amp = "bf16" if bf16 else "off"
@@ -267,8 +271,7 @@ def settle_machine(args, sets):
 
 def fit_batch(args, num_images):
     """Fit the batch to the processes if it is a default; refuse one that does not fit."""
-    splits = getattr(args, "bn_splits", 1)
-    groups = dist.get_world_size() * splits
+    groups = dist.get_world_size() * getattr(args, "bn_splits", 1)
     asked = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
     if num_images < 2 * groups:
         raise UsageError(f"{args.dir}: {num_images} images are too few for {groups} groups "
@@ -277,15 +280,15 @@ def fit_batch(args, num_images):
     if works != asked and args.batch_size:
         raise UsageError(f"--batch-size {asked}: is split over {groups} groups (processes x "
                          f"--bn-splits) of as many images each, two or more, of the {num_images} "
-                         f"that there are; {works} works, or {processes_for(asked, splits)}")
+                         f"that there are; {works} works, or {processes_for(asked, args)}")
     args.batch_size = works
 
 
-def processes_for(batch_size, splits):
+def processes_for(batch_size, args):
     """The numbers of processes that share out a batch evenly, in words."""
-    fit = [n for n in range(1, batch_size) if batch_size % (n * splits) == 0
-           and batch_size > n * splits]
-    return f"{', '.join(map(str, fit)) or 'no number of'} processes"
+    of_each = [batch_size / (n * getattr(args, "bn_splits", 1)) for n in range(1, batch_size)]
+    fit = [str(n) for n, images in enumerate(of_each, 1) if images > 1 and images % 1 == 0]
+    return f"{', '.join(fit) or 'no number of'} processes"
 
 
 # A resumed run must be the same model on the same data, in the same batches.
@@ -316,7 +319,7 @@ def check_resume(args, checkpoint, digest, digest_of, fixed):
     changed = [f"--{name.replace('_', '-')} {then[name]} (now {now[name]})"
                for name in fixed if now[name] != then[name]]
     if now["batch_size"] != then["batch_size"]:
-        changed.append(f"by {processes_for(then['batch_size'], getattr(args, 'bn_splits', 1))}")
+        changed.append(f"by {processes_for(then['batch_size'], args)}")
     if changed:
         raise UsageError(f"--resume {args.resume}: was made with {', '.join(changed)}; resume it "
                          f"with the same")
@@ -358,13 +361,12 @@ def plain(args):
 
 
 def say_settled(args, steps):
-    """What a run starts with, after its data: the model, the training, and where it runs."""
+    """What a run starts with, after its data."""
     prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
     say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
         f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, prototypes "
-        f"{prototypes}")
-    say(f"train   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {steps} steps of "
-        f"{args.batch_size} images, seed {args.seed}, on {dist.get_world_size()} x "
+        f"{prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {steps} "
+        f"steps of {args.batch_size} images, seed {args.seed}, on {dist.get_world_size()} x "
         f"{args.device.type}, amp {args.amp}, to {args.output}")
 
 
@@ -383,24 +385,22 @@ def e_step(model, train, args, epoch):
     v = model.unit_rows(builder.gather(v)[:len(train)])  # embeddings of all images: nxHxC
     embedded = time.perf_counter()
     clusterings, objectives = cluster_all(v[:, 0].contiguous(), args, epoch)
-    figures = coagulation(v[:, 0], clusterings, "") | dict(kmeans_objective=objectives)
+    figures = dict(coagulation(v[:, 0], clusterings), kmeans_objective=objectives)
     if args.heads == 2:
         clusterings = [losses.prototype_level(v[:, 1], one.assignments, len(one.prototypes),
                                               args.temperature) for one in clusterings]
-        for one in clusterings:
-            for x in one[1:]:
-                dist.broadcast(x, src=0)  # sums in another order differ by a last digit
-        figures |= coagulation(v[:, 1], clusterings, "proto_")
+        for x in (x for one in clusterings for x in one[1:]):
+            dist.broadcast(x, src=0)  # sums in another order differ by a last digit
+        figures |= {f"proto_{name}": x for name, x in coagulation(v[:, 1], clusterings).items()}
     figures |= dict(seconds_embed=embedded - start, seconds_kmeans=time.perf_counter() - embedded)
-    clusterings = [one._replace(assignments=one.assignments.cpu()) for one in clusterings]
-    return clusterings, figures
+    return [one._replace(assignments=one.assignments.cpu()) for one in clusterings], figures
 
 
-def coagulation(v, clusterings, prefix):
-    """losses', for each clustering, by name, of embeddings v (n, C); and their effective rank."""
+def coagulation(v, clusterings):
+    """losses', of embeddings v (n, C) in each clustering, by name; and their effective rank."""
     each = [losses.coagulation(v, one.assignments, one.prototypes) for one in clusterings]
-    figures = {prefix + name: [figure[name] for figure in each] for name in each[0]}
-    return figures | {prefix + "effective_rank": losses.effective_rank(v)}
+    figures = {name: [figure[name] for figure in each] for name in each[0]}
+    return figures | dict(effective_rank=losses.effective_rank(v))
 
 
 @torch.inference_mode()
@@ -676,14 +676,6 @@ def save_checkpoint(path, args, run, model, optimizer, scaler, log, **more):
     dist.barrier()
 
 
-def save_backbone(backbone, run, args):
-    """With torchvision's names, and what an evaluation is to know of it."""
-    if dist.get_rank() == 0:
-        state = {name: x.cpu() for name, x in backbone.state_dict().items()}
-        save(args.output / "backbone.pth", dict(
-            arch=args.arch, epoch=run["epoch"], args=plain(args), state_dict=state))
-
-
 def save(path, state):
     """Write a file whole or not at all: aside, flushed, renamed."""
     buffer, new = io.BytesIO(), path.with_suffix(".new")
@@ -817,9 +809,9 @@ class Log:
         """Report an epoch. Returns a line for the terminal."""
         self.report(record)
         shown = dict(loss=run["loss"], **record)
-        return "  ".join([f"epoch {record['epoch']}/{args.epochs}",
-                          *(f"{title} {np.mean(shown[name]):.4g}"
-                            for name, title in TERMINAL.items() if name in shown)])
+        shown = [f"{title} {np.mean(shown[name]):.4g}" for name, title in TERMINAL.items()
+                 if name in shown]
+        return "  ".join([f"epoch {record['epoch']}/{args.epochs}", *shown])
 
     def pairs(self, im_q, im_k, augment, number=16):
         """Augmented pairs, side by side, in TensorBoard: to be looked at."""
@@ -851,10 +843,6 @@ TERMINAL = dict(loss="loss", knn="kNN", top1="top-1", top5="top-5", best="best",
 # ------------------------------------------------------------------------------ launch, signals
 
 
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def on_gpu(args):
     return args.device != "cpu" and torch.cuda.is_available()
 
@@ -871,7 +859,7 @@ def launch(worker, args):
         fail(f"--nproc {nproc}: the largest that works here is {gpus}, one for each GPU")
     if "LOCAL_RANK" in os.environ or nproc == 1:
         return in_process(int(os.environ.get("LOCAL_RANK", 0)), worker, args)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // nproc)))  # of torch and faiss
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // nproc)))  # of torch and faiss
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     inputs = worker, args, store.port, nproc
     processes = mp.start_processes(in_process, inputs, nproc, join=False)
