@@ -260,7 +260,7 @@ def _folder(root, classes):
         where = f"in the class folders of {train}" if names else "at any depth"
         raise UsageError(shown(f"{root}: holds no image {where}"))
     val, val_data = root / "val", None
-    if names and val.is_dir():
+    if names and (val.is_dir() or val.is_symlink()):  # one that leads nowhere cannot be read
         images, others = _by_class(val)
         unknown = sorted(images.keys() - {"", *known})
         if unknown:
