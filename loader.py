@@ -214,7 +214,7 @@ def _torchvision(name, root, _):
         raise UsageError(shown(
             f"{root}: {name} is not there, or damaged, and cannot be downloaded ({error}); put its "
             f"files there as torchvision leaves them, or name the DIR that holds them")) from None
-    return [Arrays(data.data, data.targets) for data in both]
+    return [Arrays(np.asarray(data.data), np.asarray(data.targets)) for data in both]
 
 
 # ------------------------------------------------------------------------------- folders of images
@@ -233,7 +233,7 @@ def _folder(root, classes):
     sets = [_files(root, train, images, names)]
     left_out += len(images[""]) if names else 0
     if not len(sets[0]):
-        raise UsageError(shown(f"{train}: holds no image" + " in a class folder" * bool(names)))
+        raise UsageError(shown(f"{train}: no image at any depth" + ", of a class" * bool(names)))
     val = root / "val"
     if names and (val.is_dir() or val.is_symlink()):  # a link that leads nowhere is an error
         images, others = _by_class(val)

@@ -141,5 +141,5 @@ def test_e_step_and_monitor_wait_only_in_named_places(gpu, monkeypatch):
     assert [x.device.type for x in clusterings[1]] == ["cpu", "cuda", "cuda"]
     assert gpu.waits == {
         "read in e_step", "read in embed", "read in kmeans", "read in concentration",
-        "read in cluster_all", "read in coagulation", "read in effective_rank", "read in vote",
-        "upload in centre_batches", "upload in kmeans", "upload in concentration"}
+        "read in cluster_all", "read in coagulation", "read in means", "read in effective_rank",
+        "read in vote", "upload in centre_batches", "upload in kmeans", "upload in concentration"}
