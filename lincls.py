@@ -51,8 +51,7 @@ ROW, TILE, GAP, FRAME = 8, 40, 4, 2  # of a picture: neighbours in a row, and pi
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="evaluation of a backbone", allow_abbrev=False)
     add = parser.add_argument
-    add("dir", nargs="?", metavar="DIR", help="image folder, or where torchvision's data sets are "
-        "(default: as pre-trained)")
+    add("dir", nargs="?", metavar="DIR", help="as pretrain.py's (default: as pre-trained)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--pretrained", type=Path, metavar="PATH", help="a checkpoint or backbone")
     source.add_argument("--evaluate", type=Path, metavar="PATH", help="a saved probe, to evaluate")
@@ -66,18 +65,16 @@ def parse_args(argv=None):
     add("--neighbours", type=positive(int), metavar="N", help="draw neighbours and prototypes")
     add("--finetune", action="store_true", help="train the whole network")
     add("--backbone-lr", type=natural_float, help="of --finetune")
-    add("--label-fraction", type=positive(float), nargs="+", metavar="PART",
-        help="of each class's labels")
+    add("--label-fraction", type=positive(float), nargs="+", metavar="PART", help="of all labels")
     add("--label-list", type=Path, metavar="FILE", help="names of the labelled images, one a line")
     add("--crop-size", type=positive(int), help="pixels")
-    add("--min-scale", type=positive(float),
-        help="least part of an image in a random crop (default: 0.08)")
+    add("--min-scale", type=positive(float), help="least part of an image in a random crop")
     add("--output", type=Path, help="default: lincls/ beside the checkpoint, or the probe's")
     pretrain.add_common(add)
     parser.set_defaults(wd=0.0)
     args = parser.parse_args(argv)
-    beside = args.pretrained.parent / "lincls" if args.pretrained else args.evaluate.parent
-    args.output = args.output or beside
+    args.output = args.output or (args.pretrained.parent / "lincls" if args.pretrained
+                                  else args.evaluate.parent)
     args.knn = [20] if args.knn == [] else args.knn
     flags = args.knn, args.shots, args.logreg, args.neighbours
     args.on_features = any(flags) or args.cluster is not None
@@ -121,8 +118,7 @@ def main_worker(args):
 
 
 def settle(args, source):
-    """What no flag says: by the checkpoint, which is of a run of ours or not, and by the data
-    set."""
+    """What no flag says: by the checkpoint, of a run of ours or not, and by the data set."""
     then = source.get("args")
     if not isinstance(then, dict) or "statistics" not in then:
         then = {}  # MoCo's and PCL's say the arch alone
@@ -167,14 +163,11 @@ def load_net(args, source, train):
     say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
         f"{np.round(args.statistics, 3).tolist()}; {path}: {prefix}*")
     if args.evaluate and not args.on_features:
-        state = builder.tensors(source)
-        saved = {name: state.get(f"state_dict.{builder.HEAD}.{name}") for name in fc.state_dict()}
-        shapes = [x is not None and x.shape for x in saved.values()]
-        if shapes != [x.shape for x in fc.state_dict().values()] or (
-                source.get("classes") != train.classes):
+        its = builder.tensors(source).get(f"state_dict.{builder.HEAD}.weight")
+        if source.get("classes") != train.classes or its is None or its.shape != fc.weight.shape:
             raise UsageError(f"--evaluate {path}: no probe of these {train.num_classes} classes, "
                              f"saved by this script")
-        fc.load_state_dict(saved)
+        net.load_state_dict(source["state_dict"])
     return net.eval().to(args.device, memory_format=torch.channels_last)
 
 
@@ -182,10 +175,8 @@ def load_net(args, source, train):
 
 
 def label_subsets(args, train):
-    """The labelled images: a list of what chose them, for the results, and their rows.
-
-    Each class's are drawn in an order that depends on the seed alone: 1 % is a part of 10 %.
-    """
+    """The labelled images: a list of what chose them, for the results, and their rows. Each class's
+    are drawn in an order that depends on the seed alone: 1 % is a part of 10 %."""
     if args.label_list:
         rows = read_label_list(args.label_list, train.names)
         return [(dict(label_list=str(args.label_list)), rows)]
@@ -211,8 +202,8 @@ def read_label_list(path, names):
     lines_of = {i: name if name in lines else Path(name).name for i, name in enumerate(names)}
     rows = [i for i, line in lines_of.items() if line in lines]
     if not rows or len({lines_of[i] for i in rows}) < len(rows):
-        raise UsageError(f"--label-list {path}: its lines name no training image, or several at "
-                         f"once; give names as in {loader.shown(names[0])}")
+        raise UsageError(f"--label-list {path}: its lines name no training image, or several "
+                         f"each; give names as {loader.shown(names[0])}")
     say(f"--label-list {path}: {len(rows)} of its {len(lines)} lines are images here")
     return torch.tensor(rows)
 
@@ -306,19 +297,13 @@ def validate(net, val, args):
     """Top-1 and top-5 in percent over the whole of `val`, each image once for any number of
     processes. As in training, features may be in half precision, the linear layer is not."""
     v, labels = pretrain.embed(builder.backbone_of(net), val, args)
-    hits = top_hits(builder.head_of(net)(v), labels)
-    dist.all_reduce(hits)
-    return percent(hits, len(val))
+    return top(*(builder.gather(x)[:len(val)] for x in (builder.head_of(net)(v), labels)))
 
 
-def top_hits(logits, labels):
-    """How often the label is the first, and among the first five: (2,)."""
-    right = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).double()
-    return torch.stack([right[:, 0].sum(), right.sum()])
-
-
-def percent(hits, total):
-    return dict(zip(("top1", "top5"), (100 * hits / total).tolist()))
+def top(logits, labels):
+    """Top-1 and top-5 in percent."""
+    right = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return {f"top{k}": 100 * right[:, :k].any(1).double().mean().item() for k in (1, 5)}
 
 
 # ----------------------------------------------------------------------------- on frozen features
@@ -358,10 +343,10 @@ def knn(bank, queries, chosen, args):
 
 
 def low_shot(bank, queries, num_classes, chosen, args):
-    """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM for each
-    class on normalised features, C = 0.5, a class's own images weighing twice, over several draws
-    of N images a class: the mean and its standard error. PCL reports VOC's mAP; with one class an
-    image it is top-1. Of two classes there is one SVM, and no weights."""
+    """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM a class
+    on normalised features, C = 0.5, a class's own images weighing twice, over several draws of N
+    images a class: the mean and its standard error. PCL reports VOC's mAP; with one class an image
+    it is top-1. Of two classes there is one SVM, and no weights."""
     from sklearn.svm import LinearSVC
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
     weights = dict.fromkeys(range(num_classes), 2) if num_classes > 2 else None
@@ -397,14 +382,14 @@ def logreg(bank, queries, num_classes, chosen, args):
             break
         least, best = loss, l2
     fc = fit_logreg(x, y, num_classes, best)
-    report(args, "logreg", percent(top_hits(fc(x_val), y_val), len(x_val)), l2=best, **chosen)
+    report(args, "logreg", top(fc(x_val), y_val), l2=best, **chosen)
 
 
 def fit_logreg(x, y, num_classes, l2):
     """The least of the mean cross-entropy plus l2 / 2 times the squared weights, by L-BFGS."""
     fc = nn.Linear(x.shape[1], num_classes, device=x.device)
-    nn.init.zeros_(fc.weight)
-    nn.init.zeros_(fc.bias)
+    for parameter in fc.parameters():
+        nn.init.zeros_(parameter)
     optimizer = torch.optim.LBFGS(fc.parameters(), max_iter=1000, tolerance_grad=1e-6,
                                   tolerance_change=1e-10, line_search_fn="strong_wolfe")
 
@@ -483,11 +468,11 @@ def tile(data, i, label=None):
 
 def report(args, protocol, figures, **parameters):
     """One line on the terminal and one in OUTPUT/results.jsonl."""
-    record = dict(checkpoint=os.path.abspath(args.pretrained or args.evaluate),
-                  pretrained_epochs=args.pretrained_epochs, dataset=args.dataset, dir=args.dir,
-                  protocol=protocol, **figures, **parameters)
     if dist.get_rank() == 0:
-        pretrain.append(args.output / "results.jsonl", record)
+        pretrain.append(args.output / "results.jsonl", dict(
+            checkpoint=os.path.abspath(args.pretrained or args.evaluate), dataset=args.dataset,
+            pretrained_epochs=args.pretrained_epochs, dir=args.dir, protocol=protocol, **figures,
+            **parameters))
     shown = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
     title = "" if protocol in figures else f"{protocol} "
     told = ", ".join(f"{name} {value}" for name, value in parameters.items())
