@@ -247,8 +247,8 @@ def settle(args, train, val, checkpoint):
     if args.queue_size > most:
         wrong.append(f"--queue-size {args.queue_size}")
     if wrong:
-        raise UsageError(f"{wrong[0]}: give at most {most}, the number of training images, and "
-                         f"clusters from 2, or 0 alone for none")
+        raise UsageError(f"{wrong[0]}: give at most {most}, one an image, and clusters from 2 on, "
+                         f"or 0 alone for none")
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
         args.statistics = checkpoint["args"]["statistics"]
@@ -274,13 +274,12 @@ def fit_batch(args, num_images):
     groups = dist.get_world_size() * getattr(args, "bn_splits", 1)
     asked = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
     if num_images < 2 * groups:
-        raise UsageError(f"{args.dir}: {num_images} images are too few for {groups} groups "
-                         f"(processes x --bn-splits) of two or more")
+        raise UsageError(f"{args.dir}: too few images ({num_images}) for {groups} groups of two")
     works = min(num_images // groups, max(2, asked // groups)) * groups
     if works != asked and args.batch_size:
-        raise UsageError(f"--batch-size {asked}: is split over {groups} groups (processes x "
-                         f"--bn-splits) of as many images each, two or more, of the {num_images} "
-                         f"that there are; {works} works, or {processes_for(asked, args)}")
+        raise UsageError(f"--batch-size {asked}: {groups} groups (processes x --bn-splits) share "
+                         f"it evenly, two or more of the {num_images} images each; {works} works, "
+                         f"or {processes_for(asked, args)}")
     args.batch_size = works
 
 
@@ -301,8 +300,8 @@ def read_own(args):
     own = args.output / "checkpoint.pth"
     path = own if args.resume in (None, "auto") else Path(args.resume)
     if own.exists() and not (args.resume and path.resolve().parent == args.output.resolve()):
-        raise UsageError(f"--output {args.output}: already holds a checkpoint; go on from it with "
-                         f"--resume auto, or give another --output")
+        raise UsageError(f"--output {args.output}: already holds a checkpoint; give --resume auto "
+                         f"or another --output")
     if not args.resume or args.resume == "auto" and not own.exists():
         return None
     checkpoint = load(path)
@@ -321,17 +320,15 @@ def check_resume(args, checkpoint, digest, digest_of, fixed):
     if now["batch_size"] != then["batch_size"]:
         changed.append(f"by {processes_for(then['batch_size'], args)}")
     if changed:
-        raise UsageError(f"--resume {args.resume}: was made with {', '.join(changed)}; resume it "
-                         f"with the same")
+        raise UsageError(f"--resume {args.resume}: was made with {', '.join(changed)}")
     if checkpoint["digest"] != digest:
         raise UsageError(f"--resume {args.resume}: was made on other images than those in "
-                         f"{args.dir}, by their {digest_of}; give it those, or start another "
-                         f"--output")
+                         f"{args.dir}, by their {digest_of}")
 
 
 def distributed(module):
-    """DDP whose resumed runs are exact on the CPU. gloo adds three or more numbers in an order that
-    depends on their place in a bucket, and DDP lays its buckets anew after its first backward."""
+    """DDP whose resumed runs are exact on the CPU: gloo adds three or more numbers in an order by
+    their place in a bucket, and DDP lays its buckets anew after its first backward."""
     def mean_in_order_of_rank(_, bucket):
         mean = torch.futures.Future()
         mean.set_result(builder.gather(bucket.buffer()[None]).mean(0))
@@ -426,8 +423,7 @@ def embed(encoder, data, args):
         start += len(image)
     encoder.train(training)
     if not v.isfinite().all():
-        raise UsageError("the network's output is not finite: give --amp off, a lower --lr, or "
-                         "another checkpoint")
+        raise UsageError("the network's output is not finite; give --amp off or a lower --lr")
     return v, labels
 
 
@@ -574,8 +570,7 @@ def exchange(loss, figures, run, caught):
     return report, int(max(numbers))
 
 
-DIVERGED = ("the run has diverged; start anew, or from an older checkpoint (--keep-every), with a "
-            "lower --lr or --amp off; the last one is finite, but may be on its way there")
+DIVERGED = "the run has diverged; start from an older checkpoint with a lower --lr or --amp off"
 
 
 def end_step(report, number, run, args, log, save_run):
@@ -590,8 +585,7 @@ def end_step(report, number, run, args, log, save_run):
     if line:
         say(line)
     if number:
-        say(f"stopped by {signal.Signals(number).name} after step {total}, and saved: --resume "
-            f"auto goes on")
+        say(f"stopped by {signal.Signals(number).name} after step {total}, and saved")
         sys.exit(128 + number)
 
 
@@ -612,8 +606,8 @@ def monitor(backbone, train, val, args):
 
 def nearest(bank, bank_labels, queries, k):
     """The k nearest rows of bank (n, d) to each of queries (m, d), unit rows: cosines and labels,
-    both (m, k) or, of a smaller bank, (m, n). Of equal cosines the first row is the nearer, for
-    every k. Those with a label under 0 are nobody's."""
+    (m, k) or of a smaller bank (m, n). Of equal cosines the first row is the nearer, for every k.
+    Those with a label under 0 are nobody's."""
     found, parts = [], queries.split(256)
     first = torch.arange(len(bank), device=bank.device).flip(0)  # larger for earlier rows
     for rows in bar("neighbours", 0, len(parts), parts, after=10):
@@ -644,8 +638,7 @@ def vote(near, near_labels, labels, k, temperature=0.07):
 
 
 def lock(folder):
-    """Keep OUTPUT to this run until it ends or closes what is returned; see to it that the folder
-    is there and takes files now, rather than after an hour."""
+    """Keep OUTPUT, which is made if need be, to this run until it closes what is returned."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -656,8 +649,7 @@ def lock(folder):
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
-            raise UsageError(f"--output {folder}: another run is writing there; wait for its end, "
-                             f"or give another --output") from None
+            raise UsageError(f"--output {folder}: another run is writing there") from None
     return file
 
 
@@ -666,8 +658,7 @@ def save_checkpoint(path, args, run, model, optimizer, scaler, log, **more):
     generator to save."""
     finite = [parameter.isfinite().all() for parameter in model.parameters()]
     if not torch.stack(finite).all():
-        raise UsageError(f"epoch {run['epoch'] + 1}: the weights are not finite and were not "
-                         f"saved, {DIVERGED}")
+        raise UsageError(f"epoch {run['epoch'] + 1}: the weights are not finite, {DIVERGED}")
     if dist.get_rank() == 0:
         save(path, dict(
             run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
@@ -762,9 +753,8 @@ def place(record):
 
 
 class Log:
-    """Reports of process 0: one JSON line each in OUTPUT/log.jsonl, every start's flags among them;
-    TensorBoard in OUTPUT; and shorter lines for the terminal. Until a resumed run has saved, its
-    lines are in log.new: another may yet go on from another checkpoint."""
+    """Reports of process 0: TensorBoard, and a JSON line each in OUTPUT/log.jsonl, every start's
+    flags among them; in log.new until a resumed run has saved: another may yet go on elsewhere."""
 
     def __init__(self, args, run):
         self.speaks = dist.get_rank() == 0
@@ -879,8 +869,7 @@ def launch(worker, args):
 
 
 def in_process(local_rank, worker, args, port=None, nproc=1):
-    """One process of the job: of the `nproc` that `launch` has started, whose store is at `port`;
-    or one of torchrun's; or the only one."""
+    """One of the `nproc` processes that `launch` started, with a store at `port`, or torchrun's."""
     store, group = None, {}
     if port:
         os.setpgrp()  # the terminal's signals come by way of the parent
@@ -923,9 +912,9 @@ TOGETHER = 0.5  # seconds
 
 @contextmanager
 def signals(pids=()):
-    """A list of the signals that are caught in here, and handed on to the processes `pids`. One
-    that was ignored, as SIGHUP under nohup, stays so. A second one ends the process at once, unless
-    it came together with the first: what is sent to all comes by way of the parent too."""
+    """A list of the signals that are caught in here and handed on to the processes `pids`, but for
+    those ignored, as SIGHUP under nohup. A second one ends the process at once, unless it came
+    together with the first: what is sent to all comes by way of the parent too."""
     caught, times = [], []
 
     def catch(number, _):
