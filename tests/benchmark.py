@@ -15,6 +15,7 @@ GPU; on the CPU the process's resident memory, with all that was there before th
 """
 import argparse
 import gc
+import gzip
 import io
 import itertools
 import json
@@ -24,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 import weakref
 from pathlib import Path
 from unittest import mock
@@ -54,24 +56,16 @@ SMALL = dict(name="ResNet-18 32 px", arch="resnet18", size=32, images=50_000,
              prototypes=(1000, 2000, 4166), queue=4096, negatives=16384)
 TINY = SMALL | dict(name="shufflenet 32 px", arch="shufflenet_v2_x0_5", images=500,
                     prototypes=(10, 20, 40), queue=64, negatives=8)
-PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5", "--kmeans-init", "random")
+PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5")
 PCL_LOSS = ("--align", "0", "--uniform", "0", "--corr", "0")
+SHORT, LONGEST = 10, 8  # kernels of a profile: microseconds, and how many are named
 
 
 def main():
-    options = parse_options()
-    torch.manual_seed(0)
-    random.seed(0)
-    torch.backends.cudnn.benchmark = True
-    dist.init_process_group("nccl" if options.cuda else "gloo", store=dist.HashStore(), rank=0,
-                            world_size=1)
+    options = set_up()
     if options.profile:
         return profile(options)
-    name = torch.cuda.get_device_name(0) if options.cuda else processor()
-    table = dict(torch=torch.__version__, faiss=faiss.__version__, faiss_gpus=faiss.get_num_gpus(),
-                 faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
-                 device=options.device.type, name=name, threads=torch.get_num_threads(),
-                 quick=options.quick, rows=[])
+    table = machine(options) | dict(quick=options.quick, rows=[])
     print("  ".join(f"{key} {value}" for key, value in table.items() if key != "rows"))
     print(f"{'':2} {'case':44} {'variant':34} {'value':>12} {'unit':15} {'ratio':>8}")
     for part in options.only:
@@ -86,7 +80,17 @@ def main():
     dist.destroy_process_group()
 
 
-def parse_options():
+def set_up(argv=None):
+    options = parse_options(argv)
+    torch.manual_seed(0)
+    random.seed(0)
+    torch.backends.cudnn.benchmark = True
+    dist.init_process_group("nccl" if options.cuda else "gloo", store=dist.HashStore(), rank=0,
+                            world_size=1)
+    return options
+
+
+def parse_options(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     cuda = torch.cuda.is_available()
@@ -98,7 +102,7 @@ def parse_options():
     add("--limit", type=float, metavar="SECONDS", help="longest k-means (default: 600 on a GPU, 90 "
         "on the CPU); over it one restart stands for all")
     add("--quick", action="store_true", help="tiny sizes")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.cuda = options.device == "cuda"
     options.device = torch.device("cuda", 0) if options.cuda else torch.device("cpu")
     options.calls = 5 if options.cuda else 1  # between two looks at the clock
@@ -117,12 +121,19 @@ def processor():
         return platform.processor()
 
 
+def machine(options):
+    name = torch.cuda.get_device_name(0) if options.cuda else processor()
+    return dict(torch=torch.__version__, faiss=faiss.__version__, faiss_gpus=faiss.get_num_gpus(),
+                faiss_threads=faiss.omp_get_max_threads(), python=platform.python_version(),
+                device=options.device.type, name=name, threads=torch.get_num_threads())
+
+
 def settings(options, *flags, case=None, **values):
     """pretrain's arguments, with what its launch and a case add."""
     small = case and case["size"] < 64
     args = pretrain.parse_args([*flags, *(("--dataset", "cifar10") if small else ("DIR",))])
     args.device, args.amp = options.device, "bf16" if options.cuda else "off"
-    args.kmeans_threads, args.lr = None, 1e-4
+    args.lr, args.statistics = 1e-4, loader.IMAGENET_STATISTICS
     if case:
         args.num_negatives, args.queue_size = case["negatives"], case["queue"]
     vars(args).update(values)
@@ -197,15 +208,17 @@ def variants(case, options, **values):
     return {"MoCo": (args, []), "PCL": (pcl, clusterings), "PAUC": (args, clusterings)}
 
 
-def one_step(ddp, optimizer, im_q, im_k, index):
-    """A training step, a function of a variant's arguments and clusterings."""
-    views = mock.Mock(epoch=lambda *_: [(im_q, im_k, index, None)])
-    scaler = torch.amp.GradScaler(im_q.device.type, enabled=False)
+def one_step(ddp, optimizer, feed, index):
+    """A training step on the two views that `feed` gives, a function of a variant's arguments and
+    clusterings."""
+    views = mock.Mock(epoch=lambda *_: [(*feed(), index, None)])
+    scaler = torch.amp.GradScaler(enabled=False)
 
     def step(args, clusterings):
         run = dict(epoch=0, step=0, steps=2, clusterings=clusterings)
-        args.batch_size = len(im_q)
-        pretrain.m_step(ddp, optimizer, scaler, views, run, args, mock.MagicMock(), None)
+        args.batch_size = len(index)
+        log = mock.Mock(**{"step.return_value": None})
+        pretrain.m_step(ddp, optimizer, scaler, views, run, args, log, [], None)
     return step
 
 
@@ -214,8 +227,9 @@ def sgd(model, args, foreach=None):
                            weight_decay=1e-4, foreach=foreach)
 
 
-def step_functions(case, batch, methods, options):
-    """The floor, and a training step of each variant, on one model and one batch."""
+def step_functions(case, batch, methods, options, feed=None, compiled=False):
+    """The floor, and a training step of each variant, on one model and one batch, or on what `feed`
+    gives. compiled: the encoders are, by inductor, which a quick look goes without."""
     device, size, args = options.device, case["size"], settings(options, case=case)
     model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m, small_images=size < 64)
     model.to(device, memory_format=torch.channels_last).train()
@@ -226,7 +240,10 @@ def step_functions(case, batch, methods, options):
     optimizer, gradient = sgd(model, args), torch.randn(batch, DIM, device=device)
     views = torch.randn(2 * batch, 3, size, size, device=device)
     im_q, im_k = views.contiguous(memory_format=torch.channels_last).chunk(2)
-    step = one_step(ddp, optimizer, im_q, im_k, torch.randperm(case["images"])[:batch])
+    step = one_step(ddp, optimizer, feed or (lambda: (im_q, im_k)),
+                    torch.randperm(case["images"])[:batch])
+    for encoder in (model.encoder_q, model.encoder_k) if compiled else ():
+        encoder.compile(backend="eager" if options.quick else "inductor")
 
     def floor():
         optimizer.zero_grad()
@@ -236,6 +253,31 @@ def step_functions(case, batch, methods, options):
                 model.encoder_k(im_k)
         q.backward(gradient.to(q.dtype))
     return {"floor": floor} | {name: lambda x=x: step(*x) for name, x in methods.items()}
+
+
+def speeds(functions, batch, seconds, options):
+    """Figures of the floor and of each variant's step, by name."""
+    gc.collect()  # what was measured before
+    times = alternate(functions, options, seconds, options.calls)
+    for name, function in functions.items():
+        yield name, dict(pairs_per_s=batch / statistics.median(times[name]),
+                         time_of_moco=ratio(times, name, "MoCo"),
+                         speed_of_floor=ratio(times, "floor", name), MB=peak(function, options))
+
+
+def fed_steps(seconds, options):
+    """Figures of two views alone, of a PAUC step, and of one on such views: small and large."""
+    sizes = [(SMALL, 256), (LARGE, 256)]
+    if options.quick:
+        sizes = [(TINY, 8), (TINY | dict(name="shufflenet 64 px", size=64), 8)]
+    for case, batch in sizes:
+        methods = dict(PAUC=variants(case, options)["PAUC"])
+        functions = dict(views=views_of(case, batch, options))
+        for name, feed in (("step", None), ("fed step", functions["views"])):
+            functions[name] = step_functions(case, batch, methods, options, feed)["PAUC"]
+        times = alternate(functions, options, seconds, options.calls)
+        speed = {name: batch / statistics.median(times[name]) for name in times}
+        yield case["name"], dict(time_of_step=ratio(times, "fed step", "step"), pairs_per_s=speed)
 
 
 def training_step(options):
@@ -267,15 +309,55 @@ def profile(options):
     """The trace shows where the device waits for the host."""
     case, batch = cases(options)[0 if options.cuda else -1]
     function = step_functions(case, batch, variants(case, options), options)["PAUC"]
-    for _ in range(3):
-        function()
-    with torch.profiler.profile() as trace:
-        for _ in range(2 if options.quick else 30):
-            function()
-    trace.export_chrome_trace(str(options.profile))
-    by = f"self_{'device' if options.cuda else 'cpu'}_time_total"
-    print(trace.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=40))
+    figures = profile_of(function, 30, options.profile, options)
+    print(json.dumps(figures, indent=1))
     dist.destroy_process_group()
+
+
+def profile_of(function, calls, path, options):
+    """A trace of so many calls, in `path`, and figures of one: the lines where the host waits for
+    the GPU, and how often; ms in calls of CUDA, the longest; the part of the time in which the GPU
+    is busy; kernels, the part of their number and time that takes under SHORT microseconds, and ms
+    of the longest. Without a GPU operations, which hold others, stand for kernels."""
+    calls = 2 if options.quick else calls
+    for _ in range(1 if options.quick else 3):
+        function()
+    places = waits(function) if options.cuda else []
+    with torch.profiler.profile() as trace:
+        start = clock(options)
+        for _ in range(calls):
+            function()
+        seconds = clock(options) - start
+    trace.export_chrome_trace(str(path))
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt") as file:
+        events = [event for event in json.load(file)["traceEvents"] if "dur" in event]
+    cuda_calls = [x for x in events if x.get("cat") in ("cuda_runtime", "cuda_driver")]
+    kernels = [x for x in events if x.get("cat") == ("kernel" if options.cuda else "cpu_op")]
+    short = [x["dur"] for x in kernels if x["dur"] < SHORT]
+    total = sum(x["dur"] for x in kernels)
+    return dict(waits={place: places.count(place) for place in places},
+                cuda_calls=longest(cuda_calls, calls), busy=total / 1e6 / seconds,
+                kernels=len(kernels) / calls, short=len(short) / len(kernels),
+                short_time=sum(short) / total, longest=longest(kernels, calls))
+
+
+def longest(events, calls):
+    """The LONGEST of a trace's events: ms a call, by name."""
+    ms = {}
+    for event in events:
+        ms[event["name"]] = ms.get(event["name"], 0) + event["dur"] / 1000 / calls
+    return dict(sorted(ms.items(), key=lambda item: -item[1])[:LONGEST])
+
+
+def waits(function):
+    """The lines at which a call waits for the GPU. What is not noticed so is in calls of CUDA."""
+    torch.cuda.set_sync_debug_mode("warn")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        function()
+    torch.cuda.set_sync_debug_mode("default")
+    said = [warning for warning in said if "synchroniz" in str(warning.message)]
+    return [f"{Path(warning.filename).name}:{warning.lineno}" for warning in said]
 
 
 def proto_nce_by_sets(q, prototypes, concentration, assignments, num_negatives=None,
@@ -303,7 +385,7 @@ def loss_functions(case, batch, methods, options):
 
     def run(args, clusterings, draw=losses.proto_nce):
         q.grad = None
-        whole = losses.Batch(q, k, index, queue, queue_index, slice(batch), 0, next(count))
+        whole = losses.Batch(q, k, q, k, index, queue, queue_index, slice(batch), 0, next(count))
         with mock.patch.object(losses, "proto_nce", draw):
             pretrain.pauc(whole, clusterings, args)[0].backward()
     functions = {name: lambda x=x: run(*x) for name, x in methods.items()}
@@ -368,9 +450,8 @@ def augmentation(options):
         folder.mkdir(parents=True)
         kilobytes = write_photographs(folder, number)
         data, transform = loader.load("folder", root)[0], moco_v2(size)
-        crops = loader.RandomCrops(data, size, 0, 2, 0.2)
         augment = loader.Augment("v2", size, data.statistics)
-        count, paths = itertools.count(), sorted(folder.iterdir())
+        paths = sorted(folder.iterdir())
 
         def decode():
             for path in paths:
@@ -382,12 +463,12 @@ def augmentation(options):
                 transform(image), transform(image)
 
         def worker():
-            epoch = next(count)
-            return torch.stack([crops[epoch, i] for i in range(number)])
+            u = torch.rand(number, 2, loader.TRIES, loader.DRAWS_OF_A_BOX)
+            return data.random_crops(torch.arange(number), u, size, 0.2)
 
         def both():
             x = worker().flatten(0, 1)
-            return augment(x, torch.rand(len(x), augment.draws))
+            return augment(x, torch.rand(len(x), loader.DRAWS))
         torch.set_num_threads(1)  # a core, as a data worker has
         functions = {"PIL pipeline of MoCo v2": pil, "decode alone": decode, "worker": worker,
                      "worker and Augment": both}
@@ -398,11 +479,33 @@ def augmentation(options):
             speed, of = number / statistics.median(times[name]), "PIL pipeline of MoCo v2"
             yield case, name, speed, "pairs/s a core", ratio(times, of, name), "PIL"
         x = worker().flatten(0, 1).repeat(8 if options.cuda else 1, 1, 1, 1).to(options.device)
-        u = torch.rand(len(x), augment.draws, device=options.device)
+        u = torch.rand(len(x), loader.DRAWS, device=options.device)
         augment.to(options.device)
         times = alternate({"": lambda: augment(x, u)}, options, 5, options.calls)[""]
         variant = f"Augment, {options.device.type}, all threads"
         yield case, variant, len(x) / 2 / statistics.median(times), "pairs/s"
+
+
+def views_of(case, batch, options):
+    """A function that makes two views of a batch of images: small ones are in the device's memory,
+    of large ones there are the crops, as data workers leave them."""
+    size, rows, device = case["size"], 2 * batch, options.device
+    augment = loader.Augment("v2", size, loader.IMAGENET_STATISTICS).to(device)
+    images = torch.randint(256, (rows, 3, size, size), dtype=torch.uint8)
+    small = size < loader.SMALL_CROP
+    if small:
+        images = images.to(device)
+    elif options.cuda:
+        images = images.pin_memory()
+
+    def views():
+        x = images.to(device, non_blocking=True)
+        if small:
+            draws = torch.rand(rows, loader.TRIES, loader.DRAWS_OF_A_BOX, device=device)
+            x = loader.resample(x, loader.random_boxes(draws, size, size, 0.2), size)
+        x = augment(x, torch.rand(rows, loader.DRAWS, device=device))
+        return x.unflatten(0, (-1, 2)).unbind(1)
+    return views
 
 
 # ----------------------------------------------------------------------------------- d: the E-step
@@ -429,8 +532,7 @@ def speed_of_kmeans(options):
     n, size = (200_000, 4000) if options.cuda else (20_000, 1000)
     if options.quick:
         n, size = 500, 10
-    v, args = embeddings(n, options), settings(options, "--kmeans-iters", "4",
-                                               "--kmeans-init", "random")
+    v, args = embeddings(n, options), settings(options, "--kmeans-iters", "4")
     pretrain.kmeans(v, size, 0, args)  # warm-up
     start = clock(options)
     pretrain.kmeans(v, size, 0, args)
@@ -501,37 +603,6 @@ def e_step(options):
             yield f"concentration, N {total} x 3", name, seconds, "s", ratio(times, name, of), of
 
 
-# --------------------------------------------------------------------------- e: cost against size
-
-
-def against_size(options):
-    sizes = (10, 20) if options.quick else (1000, 3000, 10_000, 30_000, 100_000)
-    case, batch = (LARGE, 256) if options.cuda else (SMALL | dict(images=IMAGENET), 32)
-    if options.quick:
-        case, batch = TINY, 8
-    each = {f"P {size}": variants(case | dict(prototypes=(size,)), options)["PAUC"]
-            for size in sizes}
-    times = alternate(step_functions(case, batch, each, options), options, 30, options.calls)
-    for name in times:
-        milliseconds = 1000 * statistics.median(times[name])
-        yield (f"step, {case['name']} batch {batch}, one clustering", name, milliseconds, "ms",
-               ratio(times, name, "floor"), "floor")
-    batch, of = batch if options.quick else 256, f"P {sizes[0]}"
-    functions = loss_functions(case, batch, each, options)
-    times = alternate({name: functions[name] for name in each}, options, 10, options.calls)
-    for name in times:
-        milliseconds = 1000 * statistics.median(times[name])
-        yield (f"loss, batch {batch}, one clustering", name, milliseconds, "ms",
-               ratio(times, name, of), of)
-    n, base = 500 if options.quick else IMAGENET if options.cuda else 50_000, None
-    v, speed = embeddings(n, options), speed_of_kmeans(options)
-    for size in (n // 16, n // 8, n // 4, n // 2, n):
-        seconds, _, remark = measure_kmeans(v[:size], size // 25, (), speed, options)
-        base = base or seconds
-        compared = (seconds / base, f"N {n // 16}") if seconds else ()
-        yield "k-means, 25 images a prototype", f"N {size}{remark}", seconds, "s", *compared
-
-
 # ------------------------------------------------------------------- f: counted, not measured
 
 
@@ -579,14 +650,14 @@ def count(case, batch, args, clusterings):
     index = torch.randperm(case["images"])[:batch]
     with torch.device("meta"):
         model = builder.MoCo(case["arch"], DIM, case["queue"], small_images=case["size"] < 64)
-    with Counter() as counter, mock.patch.object(pretrain, "read_report"), \
+    with Counter() as counter, mock.patch.object(pretrain, "exchange", lambda *_: (dict(loss=0), 0)), \
             mock.patch.object(builder, "gather", torch.clone):
         model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
         clusterings = [losses.Clustering(assignments, *(torch.empty(x.shape) for x in others))
                        for assignments, *others in clusterings]
         im_q, im_k = torch.empty(2, batch, 3, case["size"], case["size"])
         ddp = mock.Mock(side_effect=model, module=model)
-        step = one_step(ddp, sgd(model, args, foreach=True), im_q, im_k, index)
+        step = one_step(ddp, sgd(model, args, foreach=True), lambda: (im_q, im_k), index)
         step(args, clusterings)  # makes the optimizer's state
         counter.kernels, counter.peak = 0, counter.bytes
         with FlopCounterMode(display=False) as flops:
@@ -608,7 +679,7 @@ def counted(options):
             yield title(case, batch), name, value, unit, value / base, "MoCo"
 
 
-PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, e=against_size, f=counted)
+PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, f=counted)
 
 if __name__ == "__main__":
     main()
