@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import REAL, in_processes, joined, unit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -57,17 +56,19 @@ def test_the_key_encoder_moves_by_one_minus_momentum():
         assert not k.requires_grad
 
 
-def test_keys_meet_in_shuffled_groups_and_come_back_in_the_order_of_their_images(group):
-    model, permutation = small_moco(bn_splits=2), torch.tensor([3, 1, 5, 0, 2, 4])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_keys_meet_in_shuffled_groups_and_come_back_in_the_order_of_their_images(heads, group):
+    model, whole = (small_moco(bn_splits=splits, heads=heads) for splits in (2, 1))  # as like
+    permutation, expected = torch.tensor([3, 1, 5, 0, 2, 4]), torch.empty(6, heads, 8)
     im_q, im_k = torch.randn(2, 6, 3, 8, 8)
-    whole, expected = small_moco(), torch.empty(6, 8)  # the same weights, BN over what it is given
     for images in permutation.chunk(2):
-        expected[images] = F.normalize(whole.encoder_k(im_k[images]), dim=1).detach()
+        expected[images] = whole.unit_rows(whole.encoder_k(im_k[images])).detach()
     q, k = model(im_q, im_k, permutation)
     torch.testing.assert_close(k, expected)
-    queries = [F.normalize(whole.encoder_q(images), dim=1) for images in im_q.chunk(2)]
+    queries = [whole.unit_rows(whole.encoder_q(images)) for images in im_q.chunk(2)]
     torch.testing.assert_close(q, torch.cat(queries))
     assert q.requires_grad and not k.requires_grad
+    torch.testing.assert_close(k.norm(dim=2), torch.ones(6, heads))
 
 
 def test_the_state_dict_has_mocos_names():
