@@ -274,7 +274,7 @@ def fit_batch(args, num_images):
     groups = dist.get_world_size() * getattr(args, "bn_splits", 1)
     asked = args.batch_size or DEFAULTS[args.dataset]["batch_size"]
     if num_images < 2 * groups:
-        raise UsageError(f"{args.dir}: too few images ({num_images}) for {groups} groups of two")
+        raise UsageError(f"{args.dir}: {num_images} images are too few for {groups} groups of 2")
     works = min(num_images // groups, max(2, asked // groups)) * groups
     if works != asked and args.batch_size:
         raise UsageError(f"--batch-size {asked}: {groups} groups (processes x --bn-splits) share "
