@@ -896,6 +896,7 @@ def in_process(local_rank, worker, args, port=None, nproc=1):
     store, group = None, {}
     if port:
         os.setpgrp()  # the terminal's signals come by way of the parent
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what torch sends where the parent dies
         os.environ |= dict(LOCAL_RANK=str(local_rank), LOCAL_WORLD_SIZE=str(nproc))
         store = dist.TCPStore("localhost", port, is_master=False)
         group = dict(store=store, rank=local_rank, world_size=nproc)
