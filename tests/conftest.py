@@ -82,20 +82,20 @@ def in_processes(function, world_size, *args):
                                           start_method="forkserver")
 
 
-def forked(script, argv, patch, torchrun, mark, said):
-    """What a process that Running has forked does: as `python SCRIPT ARGV`, after `patch`, or as
-    torchrun, whose processes are not forked."""
+def forked(command, script, argv, patch, said, environment):
+    """What a process that Running has forked becomes."""
     os.setsid()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
     os.chdir(REPO)
-    os.environ |= mark
+    os.environ |= environment
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
     for number in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
-    torch.set_num_threads(1)
-    if torchrun:
-        return torch.distributed.run.main([*torchrun, script, *argv])
-    import builder
+    if command and command[0] == "torchrun":
+        return torch.distributed.run.main([*command[1:], script, *argv])
+    if command:
+        os.execvp(command[0], [*command, script, *argv])
     import pretrain
+    torch.set_num_threads(1)
     start = torch.multiprocessing.start_processes
     pretrain.mp.start_processes = functools.partial(start, start_method="fork")  # as fast
     main = __import__(script.removesuffix(".py")).main
@@ -107,36 +107,25 @@ def forked(script, argv, patch, torchrun, mark, said):
 class Running:
     """A script in the background, in a session of its own, with what it says in a file.
 
-    patch: Python that is run in it before its main. torchrun: flags of torchrun, which then starts
-    it. command: one to start it by, in place of a fork.
+    command: words to start it by, as [sys.executable] or ["torchrun", ...]; without, it is forked,
+    knows the tiny network, and does `patch`, Python, before its main.
     """
 
-    def __init__(self, output, flags, patch="", torchrun=(), command=None, script="pretrain.py"):
+    def __init__(self, output, flags, patch="", command=(), script="pretrain.py"):
         self.output, self.said = output, output.with_suffix(".said")
         output.parent.mkdir(exist_ok=True)
         self.said.touch()
-        argv, mark = [*map(str, flags), "--output", str(output)], {"PAUC_TEST": str(output)}
-        if command:
-            with open(self.said, "a") as said:
-                self.process = subprocess.Popen(
-                    [*command, script, *argv], cwd=REPO, stdout=said, stderr=said,
-                    start_new_session=True, env=os.environ | mark)
-        else:
-            inputs = script, argv, patch, torchrun, mark, self.said
-            self.process = fork_server().Process(target=forked, args=inputs)
-            self.process.start()
+        argv = [*map(str, flags), "--output", str(output)]
+        inputs = [*map(str, command)], script, argv, patch, self.said, {**os.environ}
+        self.process = fork_server().Process(target=forked, args=inputs)
+        self.process.start()
         self.pid = self.process.pid
-
-    def status(self):
-        """None while it runs."""
-        forked = hasattr(self.process, "exitcode")
-        return self.process.exitcode if forked else self.process.poll()
 
     def until(self, condition, seconds=120):
         """Wait for what must come before the run ends."""
         end = time.time() + seconds
         while not condition():
-            assert self.status() is None and time.time() < end, self.text()
+            assert self.process.exitcode is None and time.time() < end, self.text()
             time.sleep(0.02)
 
     def steps(self, count):
@@ -148,25 +137,28 @@ class Running:
 
     def end(self, seconds=90):
         """Wait for the end: the exit status, and what was said."""
-        end = time.time() + seconds
-        while self.status() is None:
-            assert time.time() < end, self.text()
-            time.sleep(0.02)
-        return self.status(), self.text()
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, self.text()
+        return self.process.exitcode, self.text()
 
     def text(self):
         return self.said.read_text()
 
-    def descendants(self):
-        return descendants(self.pid)
+    def family(self):
+        """Its process, and all below it."""
+        found = [self.pid]
+        for pid in found:
+            with contextlib.suppress(OSError):  # it has ended
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    found += map(int, (task / "children").read_text().split())
+        return found
 
     def kill(self):
         """This process and all that it has led to, also where they have sessions of their own."""
-        mark = f"PAUC_TEST={self.output}\0".encode()
         for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                pid = int(folder.name)
-                if os.getsid(pid) == self.pid or mark in (folder / "environ").read_bytes():
+            with contextlib.suppress(OSError):  # it has ended
+                pid, words = int(folder.name), (folder / "cmdline").read_bytes().split(b"\0")
+                if os.getsid(pid) == self.pid or str(self.output).encode() in words:
                     os.kill(pid, signal.SIGKILL)
         self.end()
 
@@ -192,27 +184,25 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def script(*argv, launcher=(sys.executable,), timeout=300, cwd=REPO, **environment):
+def script(*argv, cwd=REPO, **environment):
     """Run a script as a user does: the finished process, with its output as text."""
-    process = subprocess.Popen([*launcher, *map(str, argv)], cwd=cwd, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=True, env=os.environ | environment)
+    return subprocess.run([sys.executable, *map(str, argv)], capture_output=True, text=True,
+                          timeout=300, cwd=cwd, env=os.environ | environment)
+
+
+def plainly(main, argv):
+    """Call a script's main in this process."""
     try:
-        out, errors = process.communicate(timeout=timeout)
+        main([str(arg) for arg in argv])
     finally:
-        with contextlib.suppress(ProcessLookupError):  # there is nothing left
-            os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, errors)
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def here(main, *argv):
     """Call a script's main in this process, without pytest's fixtures: what it says."""
     with contextlib.redirect_stdout(io.StringIO()) as said:
-        try:
-            main([str(arg) for arg in argv])
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
+        plainly(main, argv)
     return said.getvalue()
 
 
@@ -223,22 +213,18 @@ def call(capsys):
         capsys.readouterr()
         status = 0
         try:
-            main([str(arg) for arg in argv])
+            plainly(main, argv)
         except SystemExit as stop:
             status = stop.code
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
         return status, *capsys.readouterr()
     return run
 
 
-def descendants(pid):
-    found = []
-    with contextlib.suppress(OSError):  # it has ended
-        for task in Path(f"/proc/{pid}/task").glob("*"):
-            found += [int(child) for child in (task / "children").read_text().split()]
-    return found + [below for child in found for below in descendants(child)]
+def one_line(errors, *words):
+    """That an error is one line with these words; argparse repeats the usage before it."""
+    *usage, line = errors.strip().splitlines()
+    assert ": error: " in line and all(word in line for word in words), errors
+    assert all(other.startswith(("usage:", " ")) for other in usage), errors
 
 
 def gone(pids, seconds=30):
