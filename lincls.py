@@ -257,9 +257,10 @@ def train_net(net, train, labelled, val, args):
                                   **figures, best=best), run, args)
             save_run()
             say(line)
+            if run["epoch"] == args.epochs:  # a finished one that is resumed has nothing to report
+                report(args, "finetune" if args.finetune else "linear", dict(figures, best=best),
+                       epochs=args.epochs, images=len(labelled))
     log.close()
-    report(args, "finetune" if args.finetune else "linear", dict(figures, best=best),
-           epochs=args.epochs, images=len(labelled))
 
 
 def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, save_run):
