@@ -3,8 +3,8 @@
 A data set is an `Arrays`, whose images are in the device's memory and are cropped there, or a
 `Files`, whose images are read and cropped by workers; all else is done to whole batches on the
 device. Both make the same crops. A new data set is a function (root, classes) -> train, val or None
-in DATASETS, which returns an Arrays, or a Files with a `read` of its own, with its default flags in
-pretrain's DEFAULTS and, unless they are those of small images, lincls's.
+in DATASETS, which returns an Arrays, or a Files with its own `__getitem__`, with its default flags
+in pretrain's DEFAULTS and, unless they are those of small images, lincls's.
 
 Random numbers come from `seed_of(seed, epoch)` for the order of images, and for what is done to a
 global batch from `seed_of(seed, epoch, "step", step)`, of which each process takes its rows. So a
