@@ -1,0 +1,60 @@
+"""on_gpu.py: all of its stages on the CPU, and what becomes of one that fails and one that hangs."""
+import json
+from pathlib import Path
+
+from conftest import gone, script
+
+import on_gpu
+
+STAGES = """
+import subprocess, sys
+sys.path.insert(0, {folder!r})
+import on_gpu
+
+def works(work, args):
+    yield "it", dict(value=1.5)
+
+def fails(work, args):
+    yield "before", dict(value=2.5)
+    raise ValueError("of this kind")
+
+def hangs(work, args):
+    child = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+    yield "before", dict(pid=child.pid)
+    child.wait()
+
+on_gpu.STAGES = dict(smoke=(9, works), tests=(9, fails), step=(0.5, hangs), cifar10=(9, works))
+sys.exit(on_gpu.main())
+"""
+
+
+def test_all_stages_run_on_the_cpu(tmp_path):
+    done = script("tests/on_gpu.py", "--quick", "--output", tmp_path / "out", timeout=900)
+    logs = [path.read_text()[-2000:] for path in (tmp_path / "out").glob("*.log")]
+    assert done.returncode == 0, (done.stdout, done.stderr, *logs)
+    for name in on_gpu.STAGES:
+        assert f"\n{name}: done, " in done.stdout
+    for row in ("lincls.py ", "PAUC, compiled ", "a PAUC step ", "shufflenet 64 px ", "PCL "):
+        assert f"\n    {row}" in done.stdout
+    runs = (tmp_path / "out" / "runs.jsonl").read_text()
+    assert '"run": "smoke/lincls"' in runs and "PAUC" in runs
+
+
+def test_a_stage_that_fails_and_one_that_hangs_are_shown_and_the_others_are_kept(tmp_path):
+    odd = tmp_path / "odd.py"
+    odd.write_text(STAGES.format(folder=str(Path(on_gpu.__file__).parent)))
+    for call in (1, 2):
+        done = script(odd, "--quick", "--output", tmp_path / "out")
+        assert done.returncode == 1, done.stderr
+        for line in ("smoke: done, ", "tests: failed, ", "step: over its limit, ",
+                     "cifar10: done, "):
+            assert f"\n{line}" in done.stdout
+        assert "s ValueError: of this kind\n" in done.stdout
+        assert done.stdout.count(" value: 1.5\n") == 2 and " value: 2.5\n" in done.stdout
+        results = (tmp_path / "out" / "results.jsonl").read_text()
+        lines = [json.loads(line) for line in results.splitlines()]
+        ends = [line["stage"] for line in lines if "status" in line]
+        again = ["tests", "step"] * (call - 1)
+        assert ends == ["smoke", "tests", "step", "cifar10", *again]  # what is done is skipped
+        gone([line["figures"]["pid"] for line in lines if line.get("stage") == "step"
+              and "figures" in line], seconds=5)
