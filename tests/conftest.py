@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import struct
 import subprocess
 import sys
@@ -44,15 +43,14 @@ def tiny(build_backbone=builder.build_backbone):
     def build(arch, small_images=False, bn_splits=1):
         if arch != "tiny":
             return build_backbone(arch, small_images, bn_splits)
-        layers, width = OrderedDict(), 3
-        for i in (1, 2):
+        layers = OrderedDict()
+        for i, width in ((1, 3), (2, 64)):
+            bn = nn.BatchNorm2d(64)
             layers[f"conv{i}"] = nn.Conv2d(width, 64, 3, stride=2, padding=1, bias=False)
-            layers[f"bn{i}"] = bn = nn.BatchNorm2d(64)
-            if bn_splits > 1:
-                layers[f"bn{i}"] = builder.SplitBatchNorm2d(bn, bn_splits)
-            layers[f"relu{i}"], width = nn.ReLU(), 64
-        pool = dict(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Identity())
-        return nn.Sequential(OrderedDict(layers, **pool)), width
+            layers[f"bn{i}"] = builder.SplitBatchNorm2d(bn, bn_splits) if bn_splits > 1 else bn
+            layers[f"relu{i}"] = nn.ReLU()
+        layers.update(pool=nn.AdaptiveAvgPool2d(1), flat=nn.Flatten(), fc=nn.Identity())
+        return nn.Sequential(layers), 64
     return build
 
 
@@ -66,9 +64,8 @@ builder.build_backbone = tiny()
 def fork_server():
     """A process without threads that has imported all that runs need, and forks in no time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "pretrain", "lincls", "faiss", "PIL.Image",
-                                    "sklearn.model_selection", "torch.distributed.run",
-                                    "torch.utils.tensorboard"])
+    context.set_forkserver_preload(["conftest", "pretrain", "lincls", "faiss",
+                                    "sklearn.model_selection", "torch.utils.tensorboard"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{REPO}{os.pathsep}{Path(__file__).parent}")
         multiprocessing.forkserver.ensure_running()
@@ -132,14 +129,14 @@ class Running:
         log = self.output / "log.jsonl"
         self.until(lambda: log.exists() and any(line["step"] >= count for line in read_log(log)))
 
-    def signal(self, number):
-        os.kill(self.pid, number)
-
     def end(self, seconds=90):
         """Wait for the end: the exit status, and what was said."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, self.text()
         return self.process.exitcode, self.text()
+
+    def signal(self, number):
+        os.kill(self.pid, number)
 
     def text(self):
         return self.said.read_text()
@@ -166,22 +163,12 @@ class Running:
 @pytest.fixture
 def start():
     """start(...) is Running(...) that does not outlive the test."""
-    started = []
-
-    def one(*args, **options):
-        started.append(Running(*args, **options))
-        return started[-1]
-    yield one
-    for run in started:
-        run.kill()
-
-
-@pytest.fixture
-def free_port():
-    """A port that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
+    with contextlib.ExitStack() as runs:
+        def one(*args, **options):
+            run = Running(*args, **options)
+            runs.callback(run.kill)
+            return run
+        yield one
 
 
 def script(*argv, cwd=REPO, **environment):
@@ -190,34 +177,30 @@ def script(*argv, cwd=REPO, **environment):
                           timeout=300, cwd=cwd, env=os.environ | environment)
 
 
-def plainly(main, argv):
-    """Call a script's main in this process."""
-    try:
-        main([str(arg) for arg in argv])
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+def called(main, *argv):
+    """Call a script's main in this process: (exit status, standard output, standard error)."""
+    status, said, errors = 0, io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        try:
+            main([str(arg) for arg in argv])
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+    return status, said.getvalue(), errors.getvalue()
 
 
 def here(main, *argv):
-    """Call a script's main in this process, without pytest's fixtures: what it says."""
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        plainly(main, argv)
-    return said.getvalue()
+    """The same of a call that ends well: what it says."""
+    status, said, errors = called(main, *argv)
+    assert status == 0, errors
+    return said
 
 
 @pytest.fixture
-def call(capsys):
-    """Call a script's main in this process: (exit status, standard output, standard error)."""
-    def run(main, *argv):
-        capsys.readouterr()
-        status = 0
-        try:
-            plainly(main, argv)
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-    return run
+def call():
+    return called
 
 
 def one_line(errors, *words):
@@ -286,18 +269,14 @@ def read_checkpoint(path):
 
 def assert_same(a, b, path=""):
     """Bit for bit, through dicts and lists."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
+    if isinstance(a, (list, tuple)):
+        a, b = dict(enumerate(a)), dict(enumerate(b))
+    if isinstance(a, dict):
         assert a.keys() == b.keys(), path
         for name in a:
             assert_same(a[name], b[name], f"{path}.{name}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), path
-        for i, pair in enumerate(zip(a, b)):
-            assert_same(*pair, f"{path}[{i}]")
     else:
-        assert a == b, path
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, path
 
 
 def same_ending(a, b, names=("state_dict", "optimizer", "epoch", "step", "digest")):
@@ -354,17 +333,15 @@ def image_folder(tmp_path_factory):
     """60 training and 20 validation images in two classes: JPEG and PNG, of several sizes and
     modes."""
     root = write_image_folder(tmp_path_factory.mktemp("images"), 60, 20)
-    modes = ["L", "RGB", "RGBA", "P", "CMYK", "1", "LA", "I;16"]
+    kinds = ("L", "jpg"), ("RGB", "jpg"), ("RGBA", "png"), ("P", "png"), ("CMYK", "jpg"), \
+        ("1", "png"), ("LA", "png"), ("I;16", "png")
     for path in sorted(root.rglob("*.png")):
-        mode, image = modes[int(path.stem) % len(modes)], Image.open(path)
+        (mode, ending), image = kinds[int(path.stem) % len(kinds)], Image.open(path)
+        image.load()
         if mode == "I;16":
             image = Image.fromarray(np.asarray(image).astype(np.uint16) * 257)
-        else:
-            image = image.convert(mode)
-        if mode in ("L", "RGB", "CMYK"):
-            path.unlink()
-            path = path.with_suffix(".jpg")
-        image.save(path)
+        path.unlink()
+        image.convert(mode).save(path.with_suffix(f".{ending}"))
     return root
 
 

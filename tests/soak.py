@@ -42,7 +42,7 @@ def soak(root, flags, kills):
         output, moment = root / f"killed-{kill}", random.uniform(0, length)
         run = launch(output, flags)
         until = time.time() + moment
-        while run.status() is None and time.time() < until:
+        while run.process.exitcode is None and time.time() < until:
             time.sleep(0.01)
         run.kill()
         log = output / "log.jsonl"
