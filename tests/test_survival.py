@@ -279,7 +279,7 @@ def settle(log, real=pretrain.Log.settle):  # after a checkpoint
 pretrain.Log.settle = settle""")
     status, said = run.end()
     assert status == 2, said
-    one_line(said.splitlines()[-1], "checkpoint.pth: cannot be written", "needs", "free")
+    one_line(said.splitlines()[-1], ".pth: cannot be written", "needs", "free")
     assert read_checkpoint(tmp_path / "run")["step"] == 5
     goes_on_to_the_same_end(tmp_path / "run", *whole(1))
 
