@@ -63,8 +63,7 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments:
     (N,) long, each image's own prototype s. S is the set (PCL's code has a list, with repetitions)
     of those that the batch touches and `num_negatives` others, drawn without replacement from
-    `generator` on its device; all P where there are no more, or with None. Returns loss, accuracy.
-    """
+    `generator` on its device; all P if there are no more, or with None. Returns loss, accuracy."""
     num_prototypes = len(prototypes)
     _check_range(assignments, num_prototypes)
     if num_negatives is None or num_negatives >= num_prototypes:
