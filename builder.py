@@ -151,8 +151,8 @@ def load_backbone(encoder, checkpoint, path, arch):
 
 class MoCo(nn.Module):
     """Query encoder, momentum key encoder and queue, by the names of MoCo's own checkpoints. arch,
-    small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key encoder.
-    mlp: MoCo v2's two-layer head, else one layer. heads: H, 1 or 2, see TwoHeads."""
+    small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key
+    encoder. mlp: MoCo v2's two-layer head, else one layer. heads: H, 1 or 2, see TwoHeads."""
 
     def __init__(self, arch, dim=128, queue_size=65536, momentum=0.999, mlp=True,
                  small_images=False, bn_splits=1, heads=1):

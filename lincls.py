@@ -215,7 +215,7 @@ def train_net(net, train, labelled, val, args):
     """MoCo's linear probe (arXiv 1911.05722, section 4.1): a linear layer on the frozen backbone.
     --finetune: the whole network, BN in train mode over each process's part of the batch (SwAV's
     over all of it). labelled: the training images (n,) to use."""
-    checkpoint = pretrain.read_own(args)
+    checkpoint = pretrain.read_own(args, FIXED)
     settle_training(args, len(labelled), len(train))
     digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
@@ -253,7 +253,7 @@ def train_net(net, train, labelled, val, args):
             figures = validate(net, val, args)
             best = max(run["best"], figures["top1"])
             run.update(epoch=run["epoch"] + 1, step=0, best=best)
-            line = log.epoch(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
+            line = log.report(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
                                   **figures, best=best), run, args)
             save_run()
             say(line)

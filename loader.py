@@ -233,7 +233,7 @@ def _folder(root, classes):
     sets = [_files(root, train, images, names)]
     left_out += len(images[""]) if names else 0
     if not len(sets[0]):
-        raise UsageError(shown(f"{train}: no image at any depth" + ", of a class" * bool(names)))
+        raise UsageError(shown(f"{train}: holds no image at any depth{' of a class' if names else ''}"))
     val = root / "val"
     if names and (val.is_dir() or val.is_symlink()):  # a link that leads nowhere is an error
         images, others = _by_class(val)
