@@ -69,7 +69,7 @@ def load(dataset, root, classes=None):
 
 
 class Arrays:
-    """A data set in memory: images (n, H, W) or (n, H, W, 3) uint8, labels (n,), a digest of both."""
+    """A data set in memory: images (n, H, W) or (n, H, W, 3) uint8, labels (n,); digest of both."""
 
     digest_of, evaluation_batch, left_out, device = "pixels", 512, 0, torch.device("cpu")
 
