@@ -59,7 +59,8 @@ def parse_args(argv=None):
     add("--shots", type=positive(int), nargs="+", metavar="N", help="SVMs on N labels a class")
     add("--runs", type=positive(int), default=20, help="draws of --shots; PCL: 5")
     add("--logreg", action="store_true", help="logistic regression")
-    add("--cluster", type=positive(int), nargs="?", const=0, metavar="P", help="k-means of val")
+    add("--cluster", type=positive(int), nargs="?", const=0, metavar="P",
+        help="k-means of val (default: as many as there are classes)")
     add("--neighbours", type=positive(int), metavar="N", help="draw neighbours and prototypes")
     add("--finetune", action="store_true", help="train the whole network")
     add("--backbone-lr", type=natural_float, help="of --finetune")
@@ -148,7 +149,7 @@ def settle_training(args, labelled, total):
 
 
 def load_net(args, source, train):
-    """The classifier in eval mode; its linear layer is new or, with --evaluate, the saved probe's."""
+    """The classifier in eval mode; its linear layer is new, or a saved probe's for --evaluate."""
     path = args.pretrained or args.evaluate
     torch.manual_seed(args.seed)
     backbone, width = builder.build_backbone(args.arch, args.small_images)
@@ -168,7 +169,8 @@ def load_net(args, source, train):
 
 
 def label_subsets(args, train):
-    """A list of what chose labelled images, for the results, and their rows; 1 % is part of 10 %."""
+    """The labelled images: a list of what chose them, for the results, and their rows. Each class's
+    are drawn in an order that depends on the seed alone: 1 % is a part of 10 %."""
     if args.label_list:
         rows = read_label_list(args.label_list, train.names)
         return [(dict(label_list=str(args.label_list)), rows)]
@@ -223,6 +225,7 @@ def train_net(net, train, labelled, val, args):
         pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
         if not args.finetune and moved(before, backbone):
             raise UsageError("--pretrained: is not the backbone that this probe was begun on")
+    del checkpoint
     log = pretrain.Log(args, run)
     trained_fc = pretrain.distributed(fc)
     trained = pretrain.distributed(backbone) if args.finetune else backbone
@@ -241,7 +244,7 @@ def train_net(net, train, labelled, val, args):
             best = max(run["best"], figures["top1"])
             run.update(epoch=run["epoch"] + 1, step=0, best=best)
             line = log.report(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
-                                  **figures, best=best), run, args)
+                                   **figures, best=best), run, args)
             save_run()
             say(line)
             if run["epoch"] == args.epochs:  # a finished one that is resumed has nothing to report
@@ -293,9 +296,6 @@ def top(logits, labels):
 
 
 # ----------------------------------------------------------------------------- on frozen features
-
-
-
 
 
 def evaluate_features(v, v_val, train, val, subsets, args):

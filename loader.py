@@ -8,6 +8,7 @@ __getitem__ of its own, with its default flags in the DEFAULTS of pretrain and, 
 Random numbers are keyed by seed and epoch for the order of images, and by the step for what is done
 to a global batch, of which each process takes its rows. So a run sees the same views for any number
 of workers and processes, and can go on at any step.
+
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
 import hashlib
@@ -160,7 +161,8 @@ class Files:
         return torch.stack([centre_crop(self[i], size) for i in index])
 
     def each(self, function, items, workers):
-        # Below a spawned process workers would be spawned, too: ten seconds for every E-step.
+        # Below a spawned process workers would be spawned too, and import torch anew for every
+        # E-step: ten seconds each.
         context = "fork" if workers and sys.platform == "linux" else None
         return DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
                           pin_memory=self.device.type == "cuda", multiprocessing_context=context,
@@ -231,7 +233,8 @@ def _folder(root, classes):
         left_out += others + len(images[""])
         unknown = sorted(images.keys() - {"", *known})
         if unknown:
-            raise UsageError(shown(f"{val}: has classes that train has not, first: {unknown[0]}"))
+            raise UsageError(shown(f"{val}: has classes that train has not, rename or remove them: "
+                                   f"{', '.join(unknown[:5])}"))
         sets.append(_files(root, val, images, names))
     sets = _held([data for data in sets if len(data)])
     sets[0].left_out = left_out
@@ -317,9 +320,6 @@ def _chosen(path, train, known):
         what = f"no folder {missing[0]!r} of images" if missing else "folders, and it names none"
         raise UsageError(shown(f"--classes {path}: {train} has {what}"))
     return keep
-
-
-
 
 
 def read_image(path):

@@ -66,6 +66,7 @@ HARMLESS = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?b
               for core in ("core", "_core"))]
 FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
          "num_clusters")  # a resumed run is the same model on the same data, in the same batches
+# What a line on the terminal shows; a mean over the clusterings where they have a figure each.
 TERMINAL = dict(loss="loss", acc="acc", acc_ins="acc", lr="lr", images_per_s="images/s", knn="kNN",
                 top1="top-1", top5="top-5", best="best", diversity="diversity",
                 effective_rank="rank", seconds="seconds")
@@ -102,7 +103,8 @@ def parse_args(argv=None):
     add("--temperature", "--moco-t", type=positive(float), help="of InfoNCE; mean concentration")
     add("--bn-splits", type=positive(int), default=1, help="slices of a batch with their own BN")
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
-    add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P", help="0: MoCo")
+    add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
+        help="prototypes of each clustering; 0: MoCo (default: 50, 25, 12 images a prototype)")
     add("--num-negatives", "--pcl-r", type=natural, default=16384, help="of ProtoNCE")
     add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
@@ -113,7 +115,8 @@ def parse_args(argv=None):
     add("--align-alpha", type=positive(float), default=2.0, help="its exponent")
     add("--uniform-t", type=positive(float), default=2.0, help="its inverse temperature")
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of what is off its diagonal")
-    add("--heads", type=int, choices=(1, 2), default=1, help="2: one for instances, one for groups")
+    add("--heads", type=int, choices=(1, 2), default=1,
+        help="2: one for instances, one for prototypes; 1: one embedding is both")
     add("--init", type=Path, metavar="PATH", help="start from the backbone in a checkpoint")
     add("--knn-every", type=natural, metavar="EPOCHS", help="of the kNN monitor; 0: never")
     add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep such checkpoints")
@@ -175,6 +178,7 @@ def main_worker(args):
     augment = loader.Augment(args.aug, args.crop_size, args.statistics, args.flip)
     views = loader.Views(train, torch.arange(len(train)), args.batch_size, augment, args.seed, 2,
                          args.min_scale, args.workers, dist.get_rank(), dist.get_world_size())
+
     # Where the run is: in `epoch`, after `step` of its `steps`, with what its E-step found.
     run = dict(epoch=0, step=0, steps=len(views), clusterings=[], figures={}, loss=math.nan)
     if checkpoint:
@@ -232,7 +236,8 @@ def open_data(args):
 
 
 def settle(args, train, val, checkpoint):
-    """What no flag says; refuses what does not fit, and says what holds."""
+    """What no flag says: by the checkpoint, the machine and the data set. Refuses what was asked
+    for and does not fit, and says what holds."""
     most = len(train)
     settle_machine(args, (train, val))
     fit_batch(args, most)
@@ -319,7 +324,8 @@ def check_resume(args, checkpoint, digest, digest_of, fixed):
     if changed:
         raise UsageError(f"--resume {args.resume}: was made with {', '.join(changed)}")
     if checkpoint["digest"] != digest:
-        raise UsageError(f"--resume {args.resume}: was made on other images by their {digest_of}")
+        raise UsageError(f"--resume {args.resume}: was made on other images than those in "
+                         f"{args.dir}, by their {digest_of}")
 
 
 def distributed(module):
@@ -351,9 +357,6 @@ def plain(args):
     """The flags as plain types, which a checkpoint may hold."""
     return {name: str(value) if isinstance(value, (Path, torch.device)) else value
             for name, value in vars(args).items()}
-
-
-
 
 
 # ----------------------------------------------------------------------------------------- E-step
@@ -460,7 +463,8 @@ def kmeans(v, num_clusters, seed, args):
 
 
 def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
-    """The rest of the run's epoch: momentum update, keys, queries, loss, backward, enqueue."""
+    """The rest of the run's epoch: for each batch momentum update, keys, queries, loss, backward,
+    optimizer, enqueue."""
     model, epoch, rank = ddp.module, run["epoch"], dist.get_rank()
     model.train()
     log.start_clock()
@@ -491,6 +495,7 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
 
 def pauc(batch, clusterings, args):
     """L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ].
+
     L_ins is over this process's rows; the others are over the whole batch, the same on every
     process, whose gradients GatherWithGradient sums and DDP divides by their number. Returns the
     loss, and what is only logged, means over the clusterings: each term without its weight, and
@@ -611,7 +616,7 @@ def vote(near, near_labels, labels, k, temperature=0.07):
     return 100 * right.item() / len(labels)
 
 
-# ------------------------------------------------------------------------------- checkpoints, log
+# ------------------------------------------------------------------------------------ checkpoints
 
 
 def lock(folder):
@@ -683,7 +688,7 @@ def load(path):
     return found
 
 
-
+# -------------------------------------------------------------------------------------------- log
 
 
 def say(text):
@@ -711,9 +716,6 @@ def append(path, record):
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
-
-
-
 
 
 class Log:
@@ -778,14 +780,9 @@ class Log:
             images = (rows * augment.std + augment.mean).clamp(0, 1)
             self.board.add_image("pairs", make_grid(images, nrow=8), 0)
 
-
-
     def close(self):
         if self.speaks:
             self.board.close()
-
-
-
 
 
 # ------------------------------------------------------------------------------ launch, signals
