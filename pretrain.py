@@ -768,7 +768,7 @@ class Log:
                     self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
         step = f"  step {run['step']}/{run['steps']}" if "loss" in record else ""
         shown = dict(loss=run["loss"]) | record
-        words = [f"{title} {np.mean(shown[name]):.4g}" for name, title in TERMINAL.items()
+        words = [f"{title} {np.mean(shown[name]):.5g}" for name, title in TERMINAL.items()
                  if name in shown]
         return "  ".join([f"epoch {record['epoch']}/{args.epochs}{step}", *words])
 
