@@ -1,8 +1,7 @@
 """The momentum-queue model (MoCo, arXiv 1911.05722): two encoders, a queue, shuffled BN, gathering
-across processes; and reading a backbone out of any checkpoint.
+across processes, of which there is a group also where it is one; and reading any checkpoint.
 
-A process group must exist, also for one process. n images of this process, N of all, C dimensions,
-H heads, Q queue length.
+n images of this process, N of all, C dimensions, H heads, Q queue length.
 """
 import copy
 
@@ -22,32 +21,27 @@ EMPTY, UNKNOWN = -1, -2  # in place of the index of a queued key's image
 
 
 def build_backbone(arch, small_images=False, bn_splits=1):
-    """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width.
-
-    small_images: the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no
-    max-pool. bn_splits: BN statistics over so many slices of the batch. A network of one's own goes
-    here: all else asks for is that its last layer is called `fc`, and is the identity.
-    """
+    """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width. small_images:
+    the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no max-pool.
+    bn_splits: BN statistics over so many slices of the batch. A network of one's own goes here: all
+    that is asked for is that its last layer is called `fc`, and is the identity."""
     if arch not in models.list_models(module=models):
         raise UsageError(f"--arch {arch}: no classifier of torchvision's, as resnet50 is")
     net = models.get_model(arch)
     head = getattr(net, HEAD, None)
     if not isinstance(head, nn.Linear) or hasattr(net, "aux_logits"):
-        raise UsageError(f"--arch {arch}: does not end in one layer named fc; resnets, resnexts, "
-                         f"wide resnets, regnets and shufflenets do")
+        raise UsageError(f"--arch {arch}: does not end in one layer named fc, as resnets do")
     setattr(net, HEAD, nn.Identity())
     if small_images:
-        name, first = next((name, module) for name, module in net.named_modules()
-                           if isinstance(module, nn.Conv2d))
+        name, first = next(x for x in net.named_modules() if isinstance(x[1], nn.Conv2d))
         stem = nn.Conv2d(3, first.out_channels, 3, padding=1, bias=first.bias is not None)
         nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")
         net.set_submodule(name, stem)
         if hasattr(net, "maxpool"):
             net.maxpool = nn.Identity()
-    if bn_splits > 1:
-        for name, module in [*net.named_modules()]:
-            if type(module) is nn.BatchNorm2d:
-                net.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
+    for name, module in [*net.named_modules()]:
+        if bn_splits > 1 and type(module) is nn.BatchNorm2d:
+            net.set_submodule(name, SplitBatchNorm2d(module, bn_splits))
     return net, head.in_features
 
 
@@ -81,11 +75,10 @@ class TwoHeads(nn.Sequential):
         self.prototype = prototype
 
     def forward(self, features):
-        *layers, prototype = self.children()
         instance = features
-        for layer in layers:
+        for layer in [*self][:-1]:
             instance = layer(instance)
-        return torch.stack([instance, prototype(features)], dim=1)
+        return torch.stack([instance, self.prototype(features)], dim=1)
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -124,18 +117,14 @@ def tensors(checkpoint):
 
 
 def load_backbone(encoder, checkpoint, path, arch):
-    """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`.
-
-    The backbone is recognised by its own names behind whatever prefix: in MoCo's and PCL's
-    checkpoints, this project's, torchvision's weights, and many others. Returns the prefix. Raises
-    UsageError, which says what is missing or too much of the encoder's `arch`.
-    """
+    """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`, be
+    it ours, MoCo's, PCL's, torchvision's or many others': the backbone is recognised by its own
+    names behind whatever prefix, which is returned. UsageError says what is missing or too much."""
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
     if not prefixes:
-        raise UsageError(f"{path}: holds no backbone with a tensor {first}; give a checkpoint of "
-                         f"PAUC, MoCo or PCL, a backbone.pth, or weights of torchvision")
+        raise UsageError(f"{path}: holds no backbone with a tensor {first}, as --arch {arch} has")
     prefix = max(prefixes, key=lambda prefix: (  # of equal ones the first
         sum(prefix + name in state for name in wanted),
         not any(word in prefix for word in FOLLOWERS)))
@@ -161,12 +150,9 @@ def load_backbone(encoder, checkpoint, path, arch):
 
 
 class MoCo(nn.Module):
-    """Query encoder, momentum key encoder and queue. The state dict's names are those of MoCo's own
-    checkpoints, and `queue_index`.
-
-    arch, small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key
-    encoder. mlp: MoCo v2's two-layer head, else one layer. heads: H, 1 or 2, see TwoHeads.
-    """
+    """Query encoder, momentum key encoder and queue, by the names of MoCo's own checkpoints. arch,
+    small_images, bn_splits: see build_backbone. dim: C. queue_size: Q. momentum: of the key
+    encoder. mlp: MoCo v2's two-layer head, else one layer. heads: H, 1 or 2, see TwoHeads."""
 
     def __init__(self, arch, dim=128, queue_size=65536, momentum=0.999, mlp=True,
                  small_images=False, bn_splits=1, heads=1):
@@ -184,12 +170,9 @@ class MoCo(nn.Module):
 
     def forward(self, im_q, im_k, permutation):
         """Queries of this process's images and keys of all: q (n, H, C) with gradient, k (N, H, C)
-        without, unit rows, in the queue's dtype.
-
-        im_q, im_k: (n, 3, S, S), the two views. permutation: (N,) long, the same on every process:
-        the order in which the images meet in the key encoder's BN, so that a key's statistics do
-        not give its query away.
-        """
+        without, unit rows, in the queue's dtype. im_q, im_k: (n, 3, S, S), the two views.
+        permutation: (N,) long, the same on every process: the order in which the images meet in the
+        key encoder's BN, so that a key's statistics do not give its query away."""
         q = self.unit_rows(self.encoder_q(im_q))  # queries: nxHxC
         with torch.no_grad():
             self.update_key_encoder()
@@ -243,8 +226,7 @@ def gather(x):
 
 class GatherWithGradient(torch.autograd.Function):
     """As `gather`, with a backward that sums the gradients of all processes (as VICReg's, arXiv
-    2105.04906): a loss that each evaluates on the gathered rows gives it world_size times its
-    gradient, and DDP's mean over processes is exact."""
+    2105.04906): where each has the same loss of all rows, DDP's mean over processes is exact."""
 
     @staticmethod
     def forward(ctx, x):

@@ -7,8 +7,7 @@
     python lincls.py --pretrained output/checkpoint.pth --finetune --label-fraction 0.1
     python lincls.py --pretrained output/checkpoint.pth --neighbours 8      # a picture to look at
 
-The flags of the fourth line work on the features of the frozen backbone: however many are given,
-each image goes through it once. OUTPUT/results.jsonl has a line for each result.
+The fourth line's flags share the frozen features. OUTPUT/results.jsonl has a line for each result.
 """
 import argparse
 import math
@@ -81,8 +80,7 @@ def parse_args(argv=None):
     if args.finetune and (args.on_features or args.evaluate):
         parser.error("--finetune: goes with --pretrained, and not with flags on frozen features")
     if len(args.label_fraction or ()) > 1 and not args.on_features:
-        parser.error("--label-fraction: one at a time for what is trained in epochs, each with an "
-                     "--output of its own")
+        parser.error("--label-fraction: one at a time for what is trained, each with an --output")
     return args
 
 
@@ -96,13 +94,14 @@ def main_worker(args):
     held = pretrain.lock(args.output)
     train, val = pretrain.open_data(args)
     if not val or train.num_classes < 2:
-        raise UsageError(f"{args.dir}: an evaluation needs labels of two classes or more, "
-                         f"DIR/train/CLASS/* and DIR/val/CLASS/*")
+        raise UsageError(f"{args.dir}: needs labels of two classes or more, in train/ and val/")
     pretrain.settle_machine(args, (train, val))
     net = load_net(args, source, train)
     subsets = label_subsets(args, train)
     if args.on_features:
-        features = [extract(builder.backbone_of(net), data, args) for data in (train, val)]
+        backbone = builder.backbone_of(net)
+        shards = [pretrain.embed(backbone, data, args)[0] for data in (train, val)]
+        features = [builder.gather(x)[:len(data)].cpu() for x, data in zip(shards, (train, val))]
         if dist.get_rank() == 0:
             evaluate_features(*features, train, val, subsets, args)
         dist.barrier()  # a node that ends before may take torchrun's store with it
@@ -114,7 +113,7 @@ def main_worker(args):
     held.close()
 
 
-# ------------------------------------------------------------------------------ what is evaluated
+# ----------------------------------------------------------- what is evaluated, and on what labels
 
 
 def settle(args, source):
@@ -150,8 +149,7 @@ def settle_training(args, labelled, total):
 
 
 def load_net(args, source, train):
-    """The classifier in eval mode: the checkpoint's backbone, and a linear layer that is new or,
-    with --evaluate, the saved probe's, if it is of these classes."""
+    """The classifier in eval mode; its linear layer is new, or a saved probe's for --evaluate."""
     path = args.pretrained or args.evaluate
     torch.manual_seed(args.seed)
     backbone, width = builder.build_backbone(args.arch, args.small_images)
@@ -165,13 +163,9 @@ def load_net(args, source, train):
     if args.evaluate and not args.on_features:
         its = builder.tensors(source).get(f"state_dict.{builder.HEAD}.weight")
         if source.get("classes") != train.classes or its is None or its.shape != fc.weight.shape:
-            raise UsageError(f"--evaluate {path}: no probe of these {train.num_classes} classes, "
-                             f"saved by this script")
+            raise UsageError(f"--evaluate {path}: no probe of these {train.num_classes} classes")
         net.load_state_dict(source["state_dict"])
     return net.eval().to(args.device, memory_format=torch.channels_last)
-
-
-# -------------------------------------------------------------------------------- labelled images
 
 
 def label_subsets(args, train):
@@ -202,8 +196,7 @@ def read_label_list(path, names):
     lines_of = {i: name if name in lines else Path(name).name for i, name in enumerate(names)}
     rows = [i for i, line in lines_of.items() if line in lines]
     if not rows or len({lines_of[i] for i in rows}) < len(rows):
-        raise UsageError(f"--label-list {path}: its lines name no training image, or several "
-                         f"each; give names as {loader.shown(names[0])}")
+        raise UsageError(f"--label-list {path}: give training images, as {loader.shown(names[0])}")
     say(f"--label-list {path}: {len(rows)} of its {len(lines)} lines are images here")
     return torch.tensor(rows)
 
@@ -212,17 +205,15 @@ def read_label_list(path, names):
 
 
 def train_net(net, train, labelled, val, args):
-    """MoCo's linear probe (arXiv 1911.05722, section 4.1): a linear layer on the frozen backbone.
-    --finetune: the whole network, BN in train mode over each process's part of the batch (SwAV's
-    over all of it). labelled: the training images (n,) to use."""
-    checkpoint = pretrain.read_own(args)
+    """MoCo's linear probe (arXiv 1911.05722, section 4.1) on the training images labelled (n,), or
+    the whole network, with BN over each process's part of the batch (SwAV's is over all of it)."""
+    checkpoint = pretrain.read_own(args, FIXED)
     settle_training(args, len(labelled), len(train))
     digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
     backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
-    groups = [dict(params=fc.parameters())]
-    if args.finetune:
-        groups.append(dict(params=backbone.parameters()))
+    modules = [fc, backbone] if args.finetune else [fc]
+    groups = [dict(params=module.parameters()) for module in modules]
     optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.wd)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.finetune and args.amp == "fp16")
     augment = loader.Augment("crop", args.crop_size, args.statistics, args.flip)
@@ -233,8 +224,7 @@ def train_net(net, train, labelled, val, args):
         pretrain.check_resume(args, checkpoint, digest, train.digest_of, FIXED)
         pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
         if not args.finetune and moved(before, backbone):
-            raise UsageError(f"--pretrained {args.pretrained}: is not the backbone that this probe "
-                             f"was begun on; give that one, or start another --output")
+            raise UsageError("--pretrained: is not the backbone that this probe was begun on")
     del checkpoint
     log = pretrain.Log(args, run)
     trained_fc = pretrain.distributed(fc)
@@ -253,8 +243,8 @@ def train_net(net, train, labelled, val, args):
             figures = validate(net, val, args)
             best = max(run["best"], figures["top1"])
             run.update(epoch=run["epoch"] + 1, step=0, best=best)
-            line = log.epoch(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
-                                  **figures, best=best), run, args)
+            line = log.report(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
+                                   **figures, best=best), run, args)
             save_run()
             say(line)
             if run["epoch"] == args.epochs:  # a finished one that is resumed has nothing to report
@@ -264,9 +254,8 @@ def train_net(net, train, labelled, val, args):
 
 
 def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, save_run):
-    """The rest of the run's epoch. A frozen backbone stays in eval mode: BN in train mode would
-    take the batch's statistics and move its running ones, even without gradient, and a frozen
-    backbone is to be a function of the image alone."""
+    """The rest of the run's epoch. A frozen backbone stays in eval mode, a function of the image
+    alone: BN in train mode would take the batch's statistics, and move its running ones."""
     backbone.train(args.finetune)
     log.start_clock()
     batches = views.epoch(run["epoch"], run["step"])
@@ -295,8 +284,7 @@ def moved(before, backbone):
 
 @torch.inference_mode()
 def validate(net, val, args):
-    """Top-1 and top-5 in percent over the whole of `val`, each image once for any number of
-    processes. As in training, features may be in half precision, the linear layer is not."""
+    """Top-1 and top-5 in percent on all of `val`; as in training the linear layer is in float32."""
     v, labels = pretrain.embed(builder.backbone_of(net), val, args)
     return top(*(builder.gather(x)[:len(val)] for x in (builder.head_of(net)(v), labels)))
 
@@ -310,13 +298,7 @@ def top(logits, labels):
 # ----------------------------------------------------------------------------- on frozen features
 
 
-def extract(backbone, data, args):
-    """The features (n, d), float32 on the CPU: 10 GB for ImageNet and a ResNet-50."""
-    return builder.gather(pretrain.embed(backbone, data, args)[0])[:len(data)].cpu()
-
-
 def evaluate_features(v, v_val, train, val, subsets, args):
-    """All protocols asked for, by one process."""
     num_classes, queries = train.num_classes, (v_val, val.labels)
     if args.cluster is not None:
         cluster(*queries, args.cluster or num_classes, args)
@@ -345,9 +327,8 @@ def knn(bank, queries, chosen, args):
 
 def low_shot(bank, queries, num_classes, chosen, args):
     """PCL's low-shot classification (arXiv 2005.04966, its eval_svm_voc.py): a linear SVM a class
-    on normalised features, C = 0.5, a class's own images weighing twice, over several draws of N
-    images a class: the mean and its standard error. PCL reports VOC's mAP; with one class an image
-    it is top-1. Of two classes there is one SVM, and no weights."""
+    on normalised features, whose own images weigh twice (one, unweighted, of two classes), over
+    draws of N images a class: top-1 (PCL's mAP is VOC's), its mean and standard error."""
     from sklearn.svm import LinearSVC
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
     weights = dict.fromkeys(range(num_classes), 2) if num_classes > 2 else None
@@ -446,11 +427,9 @@ def draw_neighbours(bank, v, train, val, args):
         order = (v[members] @ prototypes[j].cpu()).argsort(descending=True)
         main = val.labels[members].mode().values
         rows.append([tile(val, i, main) for i in members[order[:ROW + 1]].tolist()])
-    blank = torch.ones(3, TILE, TILE)
-    tiles = [x for row in rows for x in row + [blank] * (ROW + 1 - len(row))]
-    path = args.output / "neighbours.png"
-    save_image(tiles, path, nrow=ROW + 1, padding=GAP, pad_value=1)
-    say(f"neighbours {path}")
+    tiles = [x for row in rows for x in row + [torch.ones(3, TILE, TILE)] * (ROW + 1 - len(row))]
+    save_image(tiles, args.output / "neighbours.png", nrow=ROW + 1, padding=GAP, pad_value=1)
+    say(f"neighbours {args.output}/neighbours.png")
 
 
 def tile(data, i, label=None):
@@ -462,9 +441,6 @@ def tile(data, i, label=None):
         x[:] = torch.tensor([0, 1, 0] if right else [1, 0, 0])[:, None, None]
         x[:, FRAME:-FRAME, FRAME:-FRAME] = inside
     return x
-
-
-# ---------------------------------------------------------------------------------------- results
 
 
 def report(args, protocol, figures, **parameters):

@@ -1,14 +1,13 @@
 """Images in: data sets by name or folder, two augmented views with the image's index, evaluation.
 
 A data set is an `Arrays`, whose images are in the device's memory and are cropped there, or a
-`Files`, whose images are read and cropped by workers; all else is done to whole batches on the
-device. Both make the same crops. A new one is a function (root, classes) -> train, val or None in
-DATASETS, which makes an Arrays or a Files with a __getitem__ of its own, with its default flags in
-pretrain's DEFAULTS and, unless they are those of small images, lincls's.
+`Files`, whose images are read and cropped by workers. Both make the same crops. A new one is a
+function (root, classes) -> train, val or None in DATASETS, which makes an Arrays or a Files with a
+__getitem__ of its own, with its default flags in the DEFAULTS of pretrain and, if need be, lincls.
 
-Random numbers come from `seed_of(seed, epoch)` for the order of images, and from `seed_of(seed,
-epoch, "step", step)` for what is done to a global batch, of which each process takes its rows. So a
-run sees the same views for any number of workers and processes, and can go on at any step.
+Random numbers are keyed by seed and epoch for the order of images, and by the step for what is done
+to a global batch, of which each process takes its rows. So a run sees the same views for any number
+of workers and processes, and can go on at any step.
 
 n images of this process, N of the global batch, V views of each, S pixels of a crop.
 """
@@ -71,8 +70,7 @@ def load(dataset, root, classes=None):
 
 
 class Arrays:
-    """A data set in memory, of images (n, H, W) or (n, H, W, 3) uint8 and labels (n,), of whose
-    pixels `digest` tells."""
+    """A data set in memory: images (n, H, W) or (n, H, W, 3) uint8, labels (n,); digest of both."""
 
     digest_of, evaluation_batch, left_out, device = "pixels", 512, 0, torch.device("cpu")
 
@@ -128,8 +126,7 @@ class Files:
     device, statistics = torch.device("cpu"), IMAGENET_STATISTICS
 
     def __init__(self, root, names, labels, classes=()):
-        # Arrays, not lists: a million Python objects would be copied into every worker as their
-        # reference counts change.
+        # No lists: as reference counts change, every worker would copy a million Python objects.
         self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
         self.labels = torch.tensor(labels, dtype=torch.long)  # -1: none
         self.num_classes, self.classes = len(classes), [*classes]
@@ -161,11 +158,9 @@ class Files:
         return torch.stack(crops).unflatten(0, (len(index), -1))
 
     def centre_crops(self, size, index):
-        """As Arrays', on the CPU."""
         return torch.stack([centre_crop(self[i], size) for i in index])
 
     def each(self, function, items, workers):
-        """As Arrays', by workers."""
         # Below a spawned process workers would be spawned too, and import torch anew for every
         # E-step: ten seconds each.
         context = "fork" if workers and sys.platform == "linux" else None
@@ -208,16 +203,14 @@ def _digits(*_):
 def _torchvision(name, root, _):
     from torchvision import datasets
     try:
-        kind = getattr(datasets, name)
-        both = [kind(root, train=train, download=True) for train in (True, False)]
+        both = [getattr(datasets, name)(root, train=x, download=True) for x in (True, False)]
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(shown(
-            f"{root}: {name} is not there, or damaged, and cannot be downloaded ({error}); put its "
-            f"files there as torchvision leaves them, or name the DIR that holds them")) from None
+        raise UsageError(shown(f"{root}: {name} is not there, or damaged, and cannot be downloaded "
+                               f"({error}); name the DIR where torchvision has put it")) from None
     return [Arrays(np.asarray(data.data), np.asarray(data.targets)) for data in both]
 
 
-# ------------------------------------------------------------------------------- folders of images
+# ------------------------------------------------------------------- folders of images, their files
 
 
 def _folder(root, classes):
@@ -233,7 +226,7 @@ def _folder(root, classes):
     sets = [_files(root, train, images, names)]
     left_out += len(images[""]) if names else 0
     if not len(sets[0]):
-        raise UsageError(shown(f"{train}: no image at any depth" + ", of a class" * bool(names)))
+        raise UsageError(shown(f"{train}: holds no image at any depth"))
     val = root / "val"
     if names and (val.is_dir() or val.is_symlink()):  # a link that leads nowhere is an error
         images, others = _by_class(val)
@@ -254,7 +247,8 @@ def _by_class(folder):
     images, others = {"": []}, 0
     for path in _walk(folder):
         top, _, below = path.partition(os.sep)
-        if _is_image(path):
+        kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
+        if kind in Image.OPEN:
             images.setdefault(top if below else "", []).append(path)
             continue
         others += 1
@@ -278,13 +272,7 @@ def _walk(folder):
 
 
 def _unreadable(error):
-    raise UsageError(shown(f"{error.filename}: this folder cannot be read ({error.strerror}); "
-                           f"change its permissions, or move it away"))
-
-
-def _is_image(name):
-    kind = Image.registered_extensions().get(os.path.splitext(name)[1].lower())
-    return kind in Image.OPEN
+    raise UsageError(shown(f"{error.filename}: this folder cannot be read ({error.strerror})"))
 
 
 def _files(root, folder, images, classes):
@@ -334,9 +322,6 @@ def _chosen(path, train, known):
     return keep
 
 
-# ---------------------------------------------------------------------------------- reading files
-
-
 def read_image(path):
     """An image file as (3, H, W) uint8: what Pillow opens, upright, over white, in 8-bit RGB."""
     try:
@@ -359,8 +344,7 @@ def to_rgb(image):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
@@ -398,9 +382,8 @@ def resample(images, boxes, size):
         pixel = torch.arange(total, device=images.device) + 0.5
         centre = start + length / size * (torch.arange(size, device=images.device) + 0.5)
         support = (length / size).clamp(min=1)[:, :, None]
-        triangle = (1 - (pixel - centre[:, :, None]).abs() / support).clamp(min=0)
         inside = (pixel > start) & (pixel < start + length)
-        triangle = triangle * inside[:, None]
+        triangle = (1 - (pixel - centre[:, :, None]).abs() / support).clamp(min=0) * inside[:, None]
         return triangle / triangle.sum(-1, keepdim=True)
     top, left, height, width = boxes[:, :, None].unbind(1)
     rows, columns = weights(top, height, images.shape[2]), weights(left, width, images.shape[3])
@@ -427,12 +410,10 @@ HUE_TURN = 3  # what stands for it in the order, after brightness, contrast and 
 
 class Augment(nn.Module):
     """What MoCo does to a crop after cutting it, to a whole batch, with draws for each image.
-
     aug: "v1" or "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S;
     crops under 64 pixels are not blurred. statistics: mean and standard deviation of the channels.
     flip: mirror half of the images. The operations are torchvision's on floats: unlike in PIL's
-    pipeline nothing is rounded to 8 bits on the way, and the blur is a Gaussian, not three boxes.
-    """
+    pipeline nothing is rounded to 8 bits on the way, and the blur is a Gaussian, no three boxes."""
 
     def __init__(self, aug, size, statistics, flip=True):
         super().__init__()
@@ -535,8 +516,7 @@ def blur(x, sigma, radius=8, block=32):
     weights = weights.masked_fill(distance.abs() > radius, -math.inf).softmax(1)  # nxwindowxblock
     x = F.pad(x, padding * 2, mode="replicate")
     x = x.unfold(3, window, block).reshape(n, -1, window) @ weights
-    x = x.view(n, c, -1, size - size % -block)  # the columns are done
-    x = x.unfold(2, window, block)  # nxcxblocksxSxwindow
+    x = x.view(n, c, -1, size - size % -block).unfold(2, window, block)  # nxcxblocksxSxwindow
     x = (weights.mT[:, None, None] @ x.mT).flatten(2, 3)
     return x[:, :, :size, :size]
 
@@ -549,11 +529,8 @@ def _each(x):
 
 
 class Views:
-    """The training batches of one process.
-
-    index: of the images (n,) that are trained on. augment: what is done after cropping. views: V.
-    min_scale: the least share of an image's area in a crop.
-    """
+    """The training batches of one process. index: of the images (n,) that are trained on. augment:
+    what is done after cropping. views: V. min_scale: a crop's least share of an image's area."""
 
     def __init__(self, data, index, batch_size, augment, seed, views=2, min_scale=0.2, workers=0,
                  rank=0, world_size=1):

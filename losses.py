@@ -3,19 +3,16 @@
     L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ]
 
 `info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published: its
-three terms are this project's third reading of the abstract. The first had all of them on the
-batch's mean of each prototype, which makes every dimension a function of the prototype where these
-are few: the very coagulation that they are to cure. In the second uniformity acts on images and
-correlation on how they deviate from their prototype, but one embedding that is to gather images and
-to spread them gives up what either wins. The third has two levels, each with its own head on the
-same backbone: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment and correlation on
-x, y. With one head x is q and y is k: the second reading.
+three terms are this project's third reading of the abstract. The first, all of them on the batch's
+mean of each prototype, brings about the coagulation that they are to cure; in the second, which is
+that of one head, one embedding is to gather images and to spread them. The third has two levels,
+each with its head: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment and
+correlation on x, y. With one head x is q and y is k.
 
-N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J
-distinct prototypes in the batch. Losses are 0-dim and keep the dtype and device of their input;
-call them in float32 or float64, outside autocast. Assignments may be on the CPU when the rest is on
-a GPU: then no loss waits for it. Those not in [0, P) raise IndexError (on a GPU: a device assert at
-most). An `accuracy` is how often the positive has the largest logit: a detached fraction.
+N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J of
+them in the batch. Losses are 0-dim and keep their input's dtype and device; call them in float32 or
+float64, outside autocast. Assignments are best on the CPU: no loss waits for a GPU then, and those
+not in [0, P) raise IndexError. An `accuracy` is how often the positive's logit is the largest.
 """
 import math
 from typing import NamedTuple
@@ -26,7 +23,6 @@ import torch.nn.functional as F
 
 class Batch(NamedTuple):
     """What one step's losses are made of, the same on every process but for `rows`."""
-
     q: torch.Tensor  # (N, C) queries, unit rows, with gradient: the instance level
     k: torch.Tensor  # (N, C) keys, unit rows
     x: torch.Tensor  # (N, C) as q at the prototype level; q itself with one head
@@ -41,7 +37,6 @@ class Batch(NamedTuple):
 
 class Clustering(NamedTuple):
     """What the E-step found for one number of prototypes."""
-
     assignments: torch.Tensor  # (n,) long, the prototype of every training image, on the CPU
     prototypes: torch.Tensor  # (P, C) unit rows
     concentration: torch.Tensor  # (P,) the temperature of each
@@ -66,11 +61,9 @@ def proto_nce(q, prototypes, concentration, assignments, num_negatives=None, gen
     -log exp(q.c_s / phi_s) / sum_{j in S} exp(q.c_j / phi_j).
 
     q: (N, C) unit rows, prototypes: (P, C) unit rows, concentration: (P,) phi > 0, assignments:
-    (N,) long, each image's own prototype s. S is the set of distinct prototypes that the batch
-    touches and `num_negatives` others, drawn without replacement from `generator` on its device;
-    all P where there are no more, or with None. A set, unlike in PCL's code, where two images of
-    one prototype are each other's negatives. Returns loss, accuracy.
-    """
+    (N,) long, each image's own prototype s. S is the set (PCL's code has a list, with repetitions)
+    of those that the batch touches and `num_negatives` others, drawn without replacement from
+    `generator` on its device; all P if there are no more, or with None. Returns loss, accuracy."""
     num_prototypes = len(prototypes)
     _check_range(assignments, num_prototypes)
     if num_negatives is None or num_negatives >= num_prototypes:
@@ -106,8 +99,7 @@ def prototype_features(z, assignments):
     """Batch prototypes (after ProPos, arXiv 2111.11821): p_j = normalise(sum of the z_i of j).
 
     z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows and ids (J,), the
-    distinct assignments in ascending order: both views of a batch have the same rows.
-    """
+    distinct assignments in ascending order: both views of a batch have the same rows."""
     ids, row = assignments.unique(return_inverse=True)
     row = row.to(z.device, non_blocking=True)
     members = (torch.arange(len(ids), device=z.device)[:, None] == row).to(z.dtype)  # JxN
@@ -122,9 +114,8 @@ def deviations(z, prototypes, assignments):
 
 
 def alignment(p, p_positive, alpha=2.0):
-    """Prototype-level alignment, our reading after Wang & Isola (arXiv 2005.10242):
-    mean_j ||p_j - p+_j||^alpha, alpha 1 or more. p, p_positive: (J, C) unit rows, the features of
-    the same prototypes in the two views."""
+    """Prototype-level alignment, our reading after Wang & Isola (arXiv 2005.10242): mean_j ||p_j -
+    p+_j||^alpha, alpha 1 or more. p, p_positive: (J, C) unit rows, one prototype's in two views."""
     return (p - p_positive).norm(dim=1).pow(alpha).mean()
 
 
@@ -146,8 +137,7 @@ def correlation(d, d_positive, off_diagonal=0.3):
 
         1/C * [ sum_e (1 - R_ee)^2 + off_diagonal * sum_{e != f} R_ef^2 ]
 
-    d, d_positive: (N, C), the deviations of the same images in the two views. 0 when N < 2.
-    """
+    d, d_positive: (N, C), the deviations of the same images in the two views. 0 when N < 2."""
     if len(d) < 2:
         return 0 * d.sum()
     a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (d, d_positive))
@@ -162,16 +152,12 @@ def correlation(d, d_positive, off_diagonal=0.3):
 
 @torch.no_grad()
 def concentration(distances, assignments, num_prototypes, temperature):
-    """The temperature of each prototype (PCL, arXiv 2005.04966, section 3.3): (P,), larger for a
-    looser cluster.
+    """The temperature of each prototype (PCL, arXiv 2005.04966, section 3.3): (P,), in the dtype of
+    distances (n,), each image's to its centroid, not squared; assignments: (n,) long.
 
     phi_j = (mean over members of ||v - c_j||) / log(n_j + 10). A prototype with one member or none
     takes the largest phi; phi is clipped to its 10th..90th percentile, scaled to have mean
-    `temperature`, and never under temperature / 10.
-
-    distances: (n,) from each image to its centroid, not squared. assignments: (n,) long, in [0, P).
-    Keeps the dtype of the distances.
-    """
+    `temperature`, and never under temperature / 10."""
     _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
     total = torch.zeros(num_prototypes, dtype=torch.float64, device=distances.device)
@@ -205,11 +191,8 @@ def means(v, assignments, num_prototypes):
 @torch.no_grad()
 def coagulation(v, assignments, prototypes):
     """How far the embeddings v (n, C) have collapsed onto their prototypes (P, C): floats by name.
-
     diversity: mean squared distance of two members, over prototypes with two or more; separation:
-    of two prototypes; balance: entropy of the prototypes' sizes / log P; empty: prototypes with no
-    member.
-    """
+    of two prototypes; balance: entropy of the sizes / log P; empty: prototypes with no member."""
     num_prototypes = len(prototypes)
     _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
@@ -218,11 +201,9 @@ def coagulation(v, assignments, prototypes):
     pairs = num_prototypes * (num_prototypes - 1)
     separation = 2 * (num_prototypes ** 2 - prototypes.sum(0).square().sum()) / pairs
     entropy = torch.special.entr(size / len(v)).sum()
-    return dict(
-        diversity=spread.mean().item() if len(spread) else 0.0,
-        separation=max(0.0, separation.item()),
-        balance=(entropy / math.log(num_prototypes)).item(),
-        empty=int((size == 0).sum()))
+    return dict(diversity=spread.mean().item() if len(spread) else 0.0,
+                separation=max(0.0, separation.item()),
+                balance=(entropy / math.log(num_prototypes)).item(), empty=int((size == 0).sum()))
 
 
 @torch.no_grad()

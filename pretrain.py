@@ -57,6 +57,19 @@ NEIGHBOURS = 20  # of the kNN monitor
 DROP = 0.1  # of the learning rate at each epoch of --schedule
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 DAY = timedelta(days=1)  # others wait in a collective while one clusters or downloads
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
+TOGETHER = 0.5  # seconds between what is one signal to all
+DIVERGED = "the run has diverged; start from an older checkpoint with a lower --lr or --amp off"
+# What many published checkpoints hold beside tensors, and what cannot run code.
+HARMLESS = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
+            *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
+              for core in ("core", "_core"))]
+FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
+         "num_clusters")  # a resumed run is the same model on the same data, in the same batches
+# What a line on the terminal shows; a mean over the clusterings where they have a figure each.
+TERMINAL = dict(loss="loss", acc="acc", acc_ins="acc", lr="lr", images_per_s="images/s", knn="kNN",
+                top1="top-1", top5="top-5", best="best", diversity="diversity",
+                effective_rank="rank", seconds="seconds")
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -141,9 +154,6 @@ def add_common(add):
     add("--save-every", type=natural, default=0, metavar="STEPS", help="save within epochs too")
 
 
-# ------------------------------------------------------------------------------------------- main
-
-
 def main(argv=None):
     launch(main_worker, parse_args(argv))
 
@@ -151,7 +161,7 @@ def main(argv=None):
 def main_worker(args):
     held = lock(args.output)
     train, val = open_data(args)
-    checkpoint = read_own(args)
+    checkpoint = read_own(args, FIXED)
     settle(args, train, val, checkpoint)
     torch.manual_seed(args.seed)
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
@@ -177,7 +187,6 @@ def main_worker(args):
                               for assignments, *others in run["clusterings"]]
     checkpoint = None  # of a ResNet-50, half a gigabyte in every process
     log = Log(args, run)
-    say_settled(args, len(views))
 
     def save_run(name="checkpoint.pth"):
         state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
@@ -198,7 +207,7 @@ def main_worker(args):
             figures = dict(epoch=done, step=done * run["steps"], **run["figures"])
             if val and args.knn_every and (done % args.knn_every == 0 or done == args.epochs):
                 figures["knn"] = monitor(backbone, train, val, args)
-            line = log.epoch(figures | dict(seconds=time.perf_counter() - start), run, args)
+            line = log.report(figures | dict(seconds=time.perf_counter() - start), run, args)
             run.update(epoch=done, step=0, clusterings=[], figures={})
             if args.keep_every and done % args.keep_every == 0:
                 save_run(f"checkpoint_{done:04d}.pth")
@@ -212,8 +221,7 @@ def main_worker(args):
 
 
 def open_data(args):
-    """The training set and the validation set or None. On each node the first process alone
-    downloads."""
+    """The training set and the validation set or None. A node's first process alone downloads."""
     for turn in (True, False):
         if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
             train, val = loader.load(args.dataset, args.dir, args.classes)
@@ -229,29 +237,32 @@ def open_data(args):
 
 def settle(args, train, val, checkpoint):
     """What no flag says: by the checkpoint, the machine and the data set. Refuses what was asked
-    for and does not fit."""
+    for and does not fit, and says what holds."""
     most = len(train)
     settle_machine(args, (train, val))
     fit_batch(args, most)
-    args.statistics = train.statistics
     if args.queue_size is None:
         args.queue_size = min(DEFAULTS[args.dataset]["queue_size"], max(1, most // QUEUE_SHARE))
     if args.num_clusters is None:
-        sizes = {max(2, most // images) for images in IMAGES_PER_PROTOTYPE}
-        args.num_clusters = sorted(size for size in sizes if size <= most)
+        args.num_clusters = sorted({max(2, most // images) for images in IMAGES_PER_PROTOTYPE})
     if args.num_clusters == [0]:
         args.num_clusters = []
     if not (args.num_clusters and (args.proto or args.align or args.corr)):
         args.heads = 1
-    wrong = [f"--num-clusters {size}" for size in args.num_clusters if not 2 <= size <= most]
     if args.queue_size > most:
-        wrong.append(f"--queue-size {args.queue_size}")
-    if wrong:
-        raise UsageError(f"{wrong[0]}: give at most {most}, one an image, and clusters from 2 on, "
-                         f"or 0 alone for none")
+        raise UsageError(f"--queue-size {args.queue_size}: give at most {most}, one an image")
+    for size in args.num_clusters:
+        if not 2 <= size <= most:
+            raise UsageError(f"--num-clusters {size}: give 2 to {most}, one an image, or 0 alone")
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
-        args.statistics = checkpoint["args"]["statistics"]
+    args.statistics = checkpoint["args"]["statistics"] if checkpoint else train.statistics
+    prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
+    say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
+        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, prototypes "
+        f"{prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of "
+        f"{most // args.batch_size} steps of {args.batch_size} images, seed {args.seed}, on "
+        f"{dist.get_world_size()} x {args.device.type}, amp {args.amp}, to {args.output}")
 
 
 def settle_machine(args, sets):
@@ -278,43 +289,34 @@ def fit_batch(args, num_images):
     works = min(num_images // groups, max(2, asked // groups)) * groups
     if works != asked and args.batch_size:
         raise UsageError(f"--batch-size {asked}: {groups} groups (processes x --bn-splits) share "
-                         f"it evenly, two or more of the {num_images} images each; {works} works, "
-                         f"or {processes_for(asked, args)}")
+                         f"it, 2 or more each; {works} works, or {processes_for(asked, args)}")
     args.batch_size = works
 
 
 def processes_for(batch_size, args):
     """The numbers of processes that share out a batch evenly, in words."""
-    of_each = [batch_size / (n * getattr(args, "bn_splits", 1)) for n in range(1, batch_size)]
-    fit = [str(n) for n, images in enumerate(of_each, 1) if images > 1 and images % 1 == 0]
+    splits = getattr(args, "bn_splits", 1)
+    fit = [str(n) for n in range(1, batch_size // splits) if batch_size % (n * splits) == 0]
     return f"{', '.join(fit) or 'no number of'} processes"
 
 
-# A resumed run must be the same model on the same data, in the same batches.
-FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
-         "num_clusters")
-
-
-def read_own(args):
-    """The checkpoint that --resume names, of this script, or None."""
+def read_own(args, fixed):
+    """The checkpoint of this script, by its flags `fixed`, that --resume names, or None."""
     own = args.output / "checkpoint.pth"
     path = own if args.resume in (None, "auto") else Path(args.resume)
     if own.exists() and not (args.resume and path.resolve().parent == args.output.resolve()):
-        raise UsageError(f"--output {args.output}: already holds a checkpoint; give --resume auto "
-                         f"or another --output")
+        raise UsageError(f"--output {args.output}: is used; give --resume auto or another --output")
     if not args.resume or args.resume == "auto" and not own.exists():
         return None
     checkpoint = load(path)
-    if not {"digest", "epoch", "args"} <= checkpoint.keys():
-        raise UsageError(f"--resume {path}: not a checkpoint of this script")
+    if "digest" not in checkpoint or not {*fixed} <= checkpoint["args"].keys():
+        raise UsageError(f"--resume {path}: is a checkpoint of the other script, or of no run")
     return checkpoint
 
 
 def check_resume(args, checkpoint, digest, digest_of, fixed):
     """Refuse to go on with another model, other data or another batch."""
     now, then = plain(args), checkpoint["args"]
-    if not {*fixed} <= then.keys():
-        raise UsageError(f"--resume {args.resume}: is a checkpoint of the other script")
     changed = [f"--{name.replace('_', '-')} {then[name]} (now {now[name]})"
                for name in fixed if now[name] != then[name]]
     if now["batch_size"] != then["batch_size"]:
@@ -357,26 +359,14 @@ def plain(args):
             for name, value in vars(args).items()}
 
 
-def say_settled(args, steps):
-    """What a run starts with, after its data."""
-    prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
-    say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
-        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, prototypes "
-        f"{prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of {steps} "
-        f"steps of {args.batch_size} images, seed {args.seed}, on {dist.get_world_size()} x "
-        f"{args.device.type}, amp {args.amp}, to {args.output}")
-
-
 # ----------------------------------------------------------------------------------------- E-step
 
 
 def e_step(model, train, args, epoch):
     """Embed every training image, cluster the embeddings, and look at what the clusters are like.
-
     k-means is of the instance level; with two heads prototypes and concentrations are of the other.
     Returns a list of losses.Clustering and a dict of figures, the same on every process. The
-    assignments stay on the CPU: how many prototypes a batch touches is then known without waiting.
-    """
+    assignments stay on the CPU: how many prototypes a batch touches is known without waiting."""
     start = time.perf_counter()
     v, _ = embed(model.encoder_k, train, args)
     v = model.unit_rows(builder.gather(v)[:len(train)])  # embeddings of all images: nxHxC
@@ -461,9 +451,8 @@ def kmeans(v, num_clusters, seed, args):
         torch.cuda.empty_cache()  # faiss allocates beside torch
         index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), args.device.index, index)
     solver.train(x, index)
-    squared, assignments = index.search(x, 1)
-    squared = torch.from_numpy(squared[:, 0]).to(v.device).clamp(min=0)
-    assignments = torch.from_numpy(assignments[:, 0]).to(v.device)
+    squared, assignments = (torch.from_numpy(a[:, 0]).to(v.device) for a in index.search(x, 1))
+    squared = squared.clamp(min=0)
     centroids = faiss.vector_to_array(solver.centroids).reshape(num_clusters, -1)
     prototypes = F.normalize(torch.from_numpy(centroids).to(v.device), dim=1)
     phi = losses.concentration(squared.sqrt(), assignments, num_clusters, args.temperature)
@@ -510,8 +499,7 @@ def pauc(batch, clusterings, args):
     L_ins is over this process's rows; the others are over the whole batch, the same on every
     process, whose gradients GatherWithGradient sums and DDP divides by their number. Returns the
     loss, and what is only logged, means over the clusterings: each term without its weight, and
-    accuracies. A new term is one more line: name, weight, value.
-    """
+    accuracies. A new term is one more line: name, weight, value."""
     q, k, x, y, rows = batch.q, batch.k, batch.x, batch.y, batch.rows
     share = 1 / max(1, len(clusterings))
     own = batch.index[rows].to(q.device, non_blocking=True)[:, None] == batch.queue_index
@@ -548,8 +536,7 @@ def autocast(args):
 
 
 def rate_left(epoch, args, drop=DROP):
-    """The part of a learning rate that is left at a fractional epoch: a half cosine to 0, or `drop`
-    for each epoch of --schedule."""
+    """What is left of a rate at a fractional epoch: a half cosine, or `drop` at each milestone."""
     if args.schedule:
         return drop ** sum(epoch >= milestone for milestone in args.schedule)
     return 0.5 * (1 + math.cos(math.pi * epoch / args.epochs))
@@ -557,8 +544,8 @@ def rate_left(epoch, args, drop=DROP):
 
 def exchange(loss, figures, run, caught):
     """The loss and the figures as floats, means over processes, and the number of a signal that any
-    has caught, or 0: one collective, and the step's one wait for the device (fp16's scaler has
-    another). Before the backward, which then runs while the next batch is prepared."""
+    has caught, or 0: one collective, and the step's one wait for the device but fp16's scaler's.
+    Before the backward, which runs while the next batch is prepared."""
     values = [x.detach().float() for x in (loss, *figures.values())]
     values.append(values[0].new_full((), max(caught, default=0)))
     rows = builder.gather(torch.stack(values)[None]).tolist()  # one of each process
@@ -570,17 +557,13 @@ def exchange(loss, figures, run, caught):
     return report, int(max(numbers))
 
 
-DIVERGED = "the run has diverged; start from an older checkpoint with a lower --lr or --amp off"
-
-
 def end_step(report, number, run, args, log, save_run):
     """What follows a step in both scripts: report, save, then speak; and stop for a signal."""
     run["step"] += 1
     run["loss"] = report["loss"]
     total = run["epoch"] * run["steps"] + run["step"]
-    line = log.step(report, run, args)
-    last = run["step"] == run["steps"]
-    if number or last or args.save_every and total % args.save_every == 0:
+    line = log.step(report, total, run, args)
+    if number or run["step"] == run["steps"] or args.save_every and total % args.save_every == 0:
         save_run()
     if line:
         say(line)
@@ -594,8 +577,7 @@ def end_step(report, number, run, args, log, save_run):
 
 @torch.inference_mode()
 def monitor(backbone, train, val, args):
-    """Top-1 in percent on val of the backbone's features by their nearest training images. Each
-    process searches its own shard of these."""
+    """Top-1 in percent on val by the nearest training images; each process searches its shard."""
     bank, bank_labels = embed(backbone, train, args)
     queries, labels = (builder.gather(x)[:len(val)] for x in embed(backbone, val, args))
     bank = F.normalize(bank, dim=1, out=bank)  # ImageNet's takes 10 GB
@@ -654,10 +636,8 @@ def lock(folder):
 
 
 def save_checkpoint(path, args, run, model, optimizer, scaler, log, **more):
-    """Process 0 writes all that a resumed run needs; random numbers are keyed, so there is no
-    generator to save."""
-    finite = [parameter.isfinite().all() for parameter in model.parameters()]
-    if not torch.stack(finite).all():
+    """Process 0 writes all that a resumed run needs; random numbers are keyed, so none is saved."""
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UsageError(f"epoch {run['epoch'] + 1}: the weights are not finite, {DIVERGED}")
     if dist.get_rank() == 0:
         save(path, dict(
@@ -688,20 +668,13 @@ def save(path, state):
         os.close(folder)
 
 
-# What many published checkpoints hold beside tensors, and what cannot run code.
-HARMLESS = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
-            *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
-              for core in ("core", "_core"))]
-
-
 def load(path):
     """What is in a checkpoint file, as data alone: nothing in it can run."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:  # torch.load takes flipped bytes in silence
-                summed = any(part.CRC for part in archive.infolist())  # torch can leave them out
-                if summed and archive.testzip():
-                    raise zipfile.BadZipFile
+                if any(part.CRC for part in archive.infolist()) and archive.testzip():
+                    raise zipfile.BadZipFile  # torch can leave all sums out
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's advice on how to load what is not data alone
             found = torch.load(path, map_location="cpu", weights_only=True)
@@ -745,13 +718,6 @@ def append(path, record):
         raise UsageError(f"{path}: cannot be written ({error.strerror})") from None
 
 
-AFTER_STEP = 0.5  # an epoch's line comes between its last step and the next epoch's first
-
-
-def place(record):
-    return record["step"] + AFTER_STEP * ("loss" not in record)
-
-
 class Log:
     """Reports of process 0: TensorBoard, and a JSON line each in OUTPUT/log.jsonl, every start's
     flags among them; in log.new until a resumed run has saved: another may yet go on elsewhere."""
@@ -761,7 +727,7 @@ class Log:
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter
             step = run["epoch"] * run["steps"] + run["step"]
-            self.begin = step + AFTER_STEP * (run["step"] == 0)
+            self.begin = step, run["step"] == 0  # an epoch's line comes after its last step's
             self.path = args.output / "log.jsonl"
             self.file = self.path.with_suffix(".new") if step else self.path
             self.file.unlink(missing_ok=True)
@@ -771,37 +737,40 @@ class Log:
     def settle(self):
         """Once a resumed run has saved: what was reported before it began, and what it has."""
         if self.file != self.path:
-            before = self.path.read_text().splitlines(True) if self.path.exists() else []
-            before = [line for line in before if line.endswith("\n")  # one may be cut short
-                      and place(json.loads(line)) <= self.begin]
-            self.file.write_text("".join([*before, self.file.read_text()]))
+            text = self.path.read_text() if self.path.exists() else ""
+            records = map(json.loads, text.splitlines()[:text.count("\n")])  # one may be cut short
+            before = [json.dumps(record) + "\n" for record in records
+                      if (record["step"], "loss" not in record) <= self.begin]
+            self.file.write_text("".join(before) + self.file.read_text())
             os.replace(self.file, self.path)
             self.file = self.path
 
     def start_clock(self):
         self.since, self.counted = time.perf_counter(), 0
 
-    def step(self, report, run, args):
+    def step(self, report, step, run, args):
         """Report a step, if it is its turn. Returns a line for the terminal, or None."""
         self.counted += 1
-        step = run["epoch"] * run["steps"] + run["step"]
         if step % args.print_every:
             return None
         speed = self.counted * args.batch_size / (time.perf_counter() - self.since)
         self.start_clock()
-        self.report(dict(epoch=run["epoch"] + 1, step=step, **report, images_per_s=speed))
-        accuracy = next(value for name, value in report.items() if name.startswith("acc"))
-        return (f"epoch {run['epoch'] + 1}/{args.epochs}  step {run['step']}/{run['steps']}  loss "
-                f"{report['loss']:.4f}  acc {accuracy:.3f}  lr {report['lr']:.2g}  {speed:.0f} "
-                f"images/s")
+        record = dict(epoch=run["epoch"] + 1, step=step, **report, images_per_s=speed)
+        return self.report(record, run, args)
 
-    def epoch(self, record, run, args):
-        """Report an epoch. Returns a line for the terminal."""
-        self.report(record)
-        shown = dict(loss=run["loss"], **record)
-        shown = [f"{title} {np.mean(shown[name]):.4g}" for name, title in TERMINAL.items()
+    def report(self, record, run, args):
+        """Report a step or an epoch. Returns a line for the terminal, with TERMINAL's figures."""
+        if self.speaks:
+            append(self.file, record)
+            for name, value in record.items():
+                several = isinstance(value, list)
+                for i, x in enumerate(value if several else [value]):
+                    self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
+        step = f"  step {run['step']}/{run['steps']}" if "loss" in record else ""
+        shown = dict(loss=run["loss"]) | record
+        words = [f"{title} {np.mean(shown[name]):.5g}" for name, title in TERMINAL.items()
                  if name in shown]
-        return "  ".join([f"epoch {record['epoch']}/{args.epochs}", *shown])
+        return "  ".join([f"epoch {record['epoch']}/{args.epochs}{step}", *words])
 
     def pairs(self, im_q, im_k, augment, number=16):
         """Augmented pairs, side by side, in TensorBoard: to be looked at."""
@@ -811,23 +780,9 @@ class Log:
             images = (rows * augment.std + augment.mean).clamp(0, 1)
             self.board.add_image("pairs", make_grid(images, nrow=8), 0)
 
-    def report(self, record):
-        if not self.speaks:
-            return
-        append(self.file, record)
-        for name, value in record.items():
-            several = isinstance(value, list)
-            for i, x in enumerate(value if several else [value]):
-                self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
-
     def close(self):
         if self.speaks:
             self.board.close()
-
-
-# What an epoch's line shows; a mean over the clusterings where they have a figure each.
-TERMINAL = dict(loss="loss", knn="kNN", top1="top-1", top5="top-5", best="best",
-                diversity="diversity", effective_rank="rank", seconds="seconds")
 
 
 # ------------------------------------------------------------------------------ launch, signals
@@ -838,9 +793,9 @@ def on_gpu(args):
 
 
 def launch(worker, args):
-    """Run worker(args) in every process of the job: this one under torchrun, which has set
-    LOCAL_RANK; else one on every GPU, or --nproc of them. Ends with status 2 for what the user is
-    to mend, said in one line, and with 128 + its number for a signal; bugs keep their traceback."""
+    """Run worker(args) in every process of the job: this one if torchrun has set LOCAL_RANK, else
+    one on every GPU, or --nproc. Status 2 is for what the user is to mend, said in one line, and
+    128 + its number for a signal; bugs keep their traceback."""
     if args.device == "cuda" and not on_gpu(args):
         fail("--device cuda: torch sees no GPU here; use --device cpu")
     gpus = torch.cuda.device_count() if on_gpu(args) else None
@@ -851,8 +806,7 @@ def launch(worker, args):
         return in_process(int(os.environ.get("LOCAL_RANK", 0)), worker, args)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // nproc)))  # of torch and faiss
     store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-    inputs = worker, args, store.port, nproc
-    processes = mp.start_processes(in_process, inputs, nproc, join=False)
+    processes = mp.start_processes(in_process, (worker, args, store.port, nproc), nproc, join=False)
     with signals(processes.pids()) as caught:
         try:
             while not processes.join(grace_period=5):
@@ -892,8 +846,7 @@ def in_process(local_rank, worker, args, port=None, nproc=1):
             dist.destroy_process_group()
         if not isinstance(error, UsageError):
             raise
-        # A data worker's comes with its traceback.
-        message = str(error).splitlines()[-1].removeprefix("loader.UsageError: ")
+        message = str(error).splitlines()[-1].removeprefix("loader.UsageError: ")  # a worker's
         if store:
             store.set("mistake", message)
             sys.exit(2)
@@ -901,13 +854,8 @@ def in_process(local_rank, worker, args, port=None, nproc=1):
 
 
 def fail(message):
-    """Say what the user is to mend."""
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
-TOGETHER = 0.5  # seconds
 
 
 @contextmanager
@@ -926,10 +874,8 @@ def signals(pids=()):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
-    for number in before:
-        signal.signal(number, catch)
+    heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, catch) for number in heeded}
     try:
         yield caught
     finally:
