@@ -298,7 +298,7 @@ def _held(sets):
             if image.shape != shape:
                 return sets
             images[i] = image.permute(1, 2, 0)
-        held.append(Arrays(images, files.labels, files.classes))
+        held.append(Arrays(images, files.labels.numpy(), files.classes))
         held[-1].names = files.names
     return held
 
