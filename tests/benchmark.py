@@ -650,7 +650,8 @@ def count(case, batch, args, clusterings):
     index = torch.randperm(case["images"])[:batch]
     with torch.device("meta"):
         model = builder.MoCo(case["arch"], DIM, case["queue"], small_images=case["size"] < 64)
-    with Counter() as counter, mock.patch.object(pretrain, "exchange", lambda *_: (dict(loss=0), 0)), \
+    exchanged = mock.Mock(return_value=(dict(loss=0), 0))
+    with Counter() as counter, mock.patch.object(pretrain, "exchange", exchanged), \
             mock.patch.object(builder, "gather", torch.clone):
         model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device="cpu"))
         clusterings = [losses.Clustering(assignments, *(torch.empty(x.shape) for x in others))

@@ -114,7 +114,7 @@ def augmentation(work, args):
 
 
 def cifar10(work, args):
-    """The three methods at once: two epochs, then anew as many as fit by the second one."""
+    """The three methods at once: two epochs, then anew as many as fit by what those took."""
     end, data = time.time() + args.seconds, []
     if not args.quick:
         data = [images(work, args), *CIFAR10]
@@ -125,22 +125,22 @@ def cifar10(work, args):
         finish([start("pretrain.py", *data, *args.on, *flags, "--epochs", epochs,
                       "--warmup-epochs", warmup, "--knn-every", knn_every, "--output", folder)
                 for folder, flags in zip(folders, METHODS.values())])
-        return folders, [read(folder / "log.jsonl")[-1]["seconds"] for folder in folders]
+        logs = [read(folder / "log.jsonl") for folder in folders]
+        times = [[line["seconds"] for line in log if "seconds" in line] for log in logs]
+        return folders, [sorted(each)[len(each) // 2] for each in times]  # the medians
 
-    begun = time.time()
     folders, seconds = train(2, 1, 0)
-    around = time.time() - begun - max(seconds)  # with the first epoch, for safety
+    around = args.seconds - (end - time.time()) - max(seconds)  # with an epoch more, for safety
     left = end - time.time() - 2 * around - EVALUATION
     epochs = 2 if args.quick else int(MARGIN * left / max(seconds))
-    yield "two epochs", dict(seconds_of_last=max(seconds), seconds_around=around, fit_then=epochs)
+    yield "two epochs", dict(seconds_an_epoch=max(seconds), seconds_around=around, fit_then=epochs)
     if epochs > 2:
         folders, seconds = train(epochs, epochs // 5, epochs // 3 or 1)
     for name, last, found in zip(METHODS, seconds, evaluate(folders, args)):
         yield name, dict(epochs=max(2, epochs), seconds_an_epoch=last, **found)
 
 
-# In order of worth, with the seconds that each may take.
-STAGES = dict(smoke=(50, smoke), tests=(60, gpu_tests), step=(120, step),
+STAGES = dict(smoke=(50, smoke), tests=(60, gpu_tests), step=(120, step),  # seconds, at most
               augmentation=(30, augmentation), cifar10=(float("inf"), cifar10))
 
 

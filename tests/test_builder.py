@@ -1,4 +1,4 @@
-"""The momentum-queue model, gathering across processes, and reading backbones out of checkpoints."""
+"""The momentum-queue model, gathering across processes, backbones out of checkpoints."""
 import copy
 import math
 

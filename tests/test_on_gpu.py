@@ -1,4 +1,4 @@
-"""on_gpu.py: all of its stages on the CPU, and what becomes of one that fails and one that hangs."""
+"""on_gpu.py: all of its stages on the CPU, and what becomes of one that fails or hangs."""
 import json
 from pathlib import Path
 
