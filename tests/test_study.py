@@ -18,7 +18,7 @@ def test_the_terms_cure_coagulation_and_keep_the_fine_classes(sizes):
 
 
 def test_the_study_runs(tmp_path):
-    done = script("tests/study.py", "--quick", "--output", tmp_path)
+    done = script("tests/study.py", "--quick", "--device", "cpu", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "two heads, P = 5 − PCL, P = 5" in (tmp_path / "hierarchy.md").read_text()
     assert "effective_rank" in (tmp_path / "images.jsonl").read_text()
