@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from conftest import (REAL, SMALL, Running, gone, here, one_line, read_checkpoint, read_log,
