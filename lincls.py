@@ -32,7 +32,7 @@ from pretrain import bar, natural_float, positive, say
 IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True)
 SMALL = IMAGENET | dict(lr=0.03)
 DIGITS = dict(lr=0.3, epochs=30, min_scale=0.8, flip=False)
-DEFAULTS = dict.fromkeys(loader.DATASETS, SMALL) | dict(folder=IMAGENET, digits=DIGITS)
+DEFAULTS = dict(digits=DIGITS)  # else the small ones for small images
 # SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
 FINETUNE = dict(epochs=20, lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
@@ -137,7 +137,7 @@ def settle(args, source):
 
 def settle_training(args, labelled, total):
     """The defaults of what is trained, with so many of all the labels."""
-    usual = SMALL if args.dataset == "folder" and args.small_images else DEFAULTS[args.dataset]
+    usual = DEFAULTS.get(args.dataset, SMALL if args.small_images else IMAGENET)
     if args.finetune:
         large = FINETUNE_1_PERCENT if labelled < 0.05 * total else FINETUNE
         usual = usual | (FINETUNE_SMALL if args.small_images else large)

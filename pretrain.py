@@ -160,8 +160,8 @@ def main(argv=None):
 
 def main_worker(args):
     held = lock(args.output)
-    train, val = open_data(args)
     checkpoint = read_own(args, FIXED)
+    train, val = open_data(args)
     settle(args, train, val, checkpoint)
     torch.manual_seed(args.seed)
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
@@ -196,6 +196,7 @@ def main_worker(args):
             save(args.output / "backbone.pth", dict(
                 arch=args.arch, epoch=run["epoch"], args=plain(args),
                 state_dict={name: x.cpu() for name, x in backbone.state_dict().items()}))
+        dist.barrier()
 
     with signals() as caught:
         while run["epoch"] < args.epochs:
@@ -254,13 +255,15 @@ def settle(args, train, val, checkpoint):
     for size in args.num_clusters:
         if not 2 <= size <= most:
             raise UsageError(f"--num-clusters {size}: give 2 to {most}, one an image, or 0 alone")
+    if args.num_clusters:
+        __import__("faiss")  # if it does not load: now, rather than after the warm-up
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
     args.statistics = checkpoint["args"]["statistics"] if checkpoint else train.statistics
     prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
     say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
-        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, prototypes "
-        f"{prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up) of "
+        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, heads {args.heads}, "
+        f"prototypes {prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up), "
         f"{most // args.batch_size} steps of {args.batch_size} images, seed {args.seed}, on "
         f"{dist.get_world_size()} x {args.device.type}, amp {args.amp}, to {args.output}")
 
@@ -306,11 +309,15 @@ def read_own(args, fixed):
     path = own if args.resume in (None, "auto") else Path(args.resume)
     if own.exists() and not (args.resume and path.resolve().parent == args.output.resolve()):
         raise UsageError(f"--output {args.output}: is used; give --resume auto or another --output")
-    if not args.resume or args.resume == "auto" and not own.exists():
-        return None
-    checkpoint = load(path)
-    if "digest" not in checkpoint or not {*fixed} <= checkpoint["args"].keys():
-        raise UsageError(f"--resume {path}: is a checkpoint of the other script, or of no run")
+    checkpoint, position = None, [0, 0]
+    if args.resume and (own.exists() or args.resume != "auto"):
+        checkpoint = load(path)
+        if "digest" not in checkpoint or not {*fixed} <= checkpoint["args"].keys():
+            raise UsageError(f"--resume {path}: is a checkpoint of the other script, or of no run")
+        position = [checkpoint["epoch"], checkpoint["step"]]
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    if len(builder.gather(torch.tensor([position], device=device)).unique(dim=0)) > 1:
+        raise UsageError(f"--output {args.output}: not the same for all processes; share it")
     return checkpoint
 
 
@@ -463,7 +470,7 @@ def kmeans(v, num_clusters, seed, args):
 
 
 def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
-    """The rest of the run's epoch: for each batch momentum update, keys, queries, loss, backward,
+    """The rest of the run's epoch: for each batch queries, momentum update, keys, loss, backward,
     optimizer, enqueue."""
     model, epoch, rank = ddp.module, run["epoch"], dist.get_rank()
     model.train()
@@ -496,10 +503,10 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
 def pauc(batch, clusterings, args):
     """L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ].
 
-    L_ins is over this process's rows; the others are over the whole batch, the same on every
-    process, whose gradients GatherWithGradient sums and DDP divides by their number. Returns the
-    loss, and what is only logged, means over the clusterings: each term without its weight, and
-    accuracies. A new term is one more line: name, weight, value."""
+    Without clusterings, as in warm-up, L_ins alone. It is over this process's rows, the others over
+    the whole batch, the same on every process: GatherWithGradient sums their gradients, DDP divides
+    by their number. Returns the loss, and what is only logged, means over the clusterings: terms
+    without their weights, and accuracies. A new term is one more line: name, weight, value."""
     q, k, x, y, rows = batch.q, batch.k, batch.x, batch.y, batch.rows
     share = 1 / max(1, len(clusterings))
     own = batch.index[rows].to(q.device, non_blocking=True)[:, None] == batch.queue_index
