@@ -84,7 +84,8 @@ def forked(command, script, argv, patch, said, environment):
     os.setsid()
     os.chdir(REPO)
     os.environ |= environment
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or in a script's background
     for number in (1, 2):
         os.dup2(os.open(said, os.O_WRONLY | os.O_APPEND), number)
     if command and command[0] == "torchrun":
