@@ -297,6 +297,19 @@ def test_concentration_equals_plain_loop_with_empty_and_single_clusters():
     assert phi.mean().item() == pytest.approx(0.2) and phi[2] == phi[3] == phi[7] == phi.max()
 
 
+def test_the_prototype_level_is_of_the_members_means():
+    y = unit(9, 4)
+    s = torch.tensor([0, 0, 0, 3, 3, 3, 1, 1, 4])  # nobody's is 2, one image's is 4
+    found, distances = losses.prototype_level(y, s, 5, 0.3), []
+    for i in range(9):
+        mean = sum(y[j] for j in range(9) if s[j] == s[i]) / (s == s[i]).sum()
+        torch.testing.assert_close(found.prototypes[s[i]], mean / mean.norm())
+        distances.append((y[i] - mean).norm())
+    torch.testing.assert_close(found.prototypes[2], F.normalize(y.mean(0), dim=0))
+    phi = losses.concentration(torch.stack(distances), s, 5, 0.3)
+    torch.testing.assert_close(found.concentration, phi)
+
+
 def test_concentration_of_duplicates_alone_is_the_temperature():
     phi = losses.concentration(torch.zeros(10), torch.arange(10) % 3, 4, 0.2)
     torch.testing.assert_close(phi, torch.full((4,), 0.2))

@@ -21,6 +21,7 @@ from conftest import (REAL, REPO, SMALL, assert_same, clusterings, digits, here,
 from torchvision import models
 
 import builder
+import lincls
 import loader
 import losses
 import pretrain
@@ -360,6 +361,27 @@ def test_a_resume_takes_mean_and_deviation_from_the_checkpoint(two_epochs, few, 
     assert used == 4 * [[statistics]]  # in training, the E-step, and the monitor's two sets
     assert all(f"{value}" in said for value in sum(statistics, []))
     assert read_checkpoint(two_epochs)["args"]["statistics"] == statistics
+
+
+def test_a_prototype_head_is_new_when_the_warm_up_ends_and_a_resume_there_is_exact(few, tmp_path):
+    flags = [*few, "--heads", 2, "--epochs", 2, "--wd", 0.1, "--keep-every", 1, "--knn-every", 0]
+    here(pretrain.main, *flags, "--output", tmp_path / "run")
+    first, last = (pretrain.load(tmp_path / "run" / f"checkpoint_000{i}.pth") for i in (1, 2))
+    args = first["args"]
+    torch.manual_seed(args["seed"])
+    made = builder.MoCo(args["arch"], args["dim"], args["queue_size"], small_images=True, heads=2)
+    made = {name: x for name, x in made.state_dict().items() if "prototype" in name}
+    assert len(made) == 8
+    for name, x in made.items():
+        assert torch.equal(first["state_dict"]["module." + name], x)
+        assert not torch.equal(last["state_dict"]["module." + name], x)
+    log = read_log(tmp_path / "run")
+    assert {"proto_diversity", "proto_effective_rank"} <= log[-1].keys()
+    here(pretrain.main, *flags, "--resume", tmp_path / "run" / "checkpoint_0001.pth", "--output",
+         tmp_path / "again")
+    same_ending(tmp_path / "again", tmp_path / "run")
+    here(lincls.main, "--pretrained", tmp_path / "run" / "checkpoint.pth", "--knn", "--device",
+         "cpu", "--output", tmp_path / "out")
 
 
 @pytest.mark.parametrize("source", ["checkpoint.pth", "backbone.pth"])
