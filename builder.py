@@ -14,7 +14,7 @@ from torchvision import models
 from loader import UsageError
 
 HEAD = "fc"  # what torchvision, and so MoCo's checkpoints, call the last layer
-EMPTY, UNKNOWN = -1, -2  # in place of the index of a queued key's image
+EMPTY = -1  # in place of the index of a queued key's image
 
 
 # --------------------------------------------------------------------------------------- encoders

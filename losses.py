@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     y: torch.Tensor  # (N, C) as k there
     index: torch.Tensor  # (N,) the images' indices in the data set, on the CPU
     queue: torch.Tensor  # (C, Q) older keys, unit columns
-    queue_index: torch.Tensor  # (Q,) the indices of their images; under 0: none, or not known
+    queue_index: torch.Tensor  # (Q,) the indices of their images; under 0: none
     rows: slice  # those of this process
     epoch: int
     step: int

@@ -58,6 +58,7 @@ TINY = SMALL | dict(name="shufflenet 32 px", arch="shufflenet_v2_x0_5", images=5
                     prototypes=(10, 20, 40), queue=64, negatives=8)
 PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5")
 PCL_LOSS = ("--align", "0", "--uniform", "0", "--corr", "0")
+OTHER_IMAGE = -2  # than any of a batch: what a full queue is of
 SHORT, LONGEST = 10, 8  # kernels of a profile: microseconds, and how many are named
 
 
@@ -234,7 +235,7 @@ def step_functions(case, batch, methods, options, feed=None, compiled=False):
     model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m, small_images=size < 64)
     model.to(device, memory_format=torch.channels_last).train()
     model.queue.copy_(F.normalize(torch.randn_like(model.queue), dim=0))
-    model.queue_index.fill_(builder.UNKNOWN)
+    model.queue_index.fill_(OTHER_IMAGE)
     ddp = DistributedDataParallel(model)
     ddp.broadcast_buffers = ddp.forward_sync_buffers = False
     optimizer, gradient = sgd(model, args), torch.randn(batch, DIM, device=device)
@@ -379,7 +380,7 @@ def loss_functions(case, batch, methods, options):
     sets."""
     q, k = F.normalize(torch.randn(2, batch, DIM, device=options.device), dim=2)
     queue = F.normalize(torch.randn(DIM, case["queue"], device=options.device), dim=0)
-    queue_index = torch.full((case["queue"],), builder.UNKNOWN, device=options.device)
+    queue_index = torch.full((case["queue"],), OTHER_IMAGE, device=options.device)
     index, count = torch.randperm(case["images"])[:batch], itertools.count()
     q.requires_grad_()
 
