@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-METHODS = {"MoCo": ["--num-clusters", 0], "PAUC": [],
+METHODS = {"MoCo": ["--num-clusters", 0], "PAUC": [], "two heads": ["--heads", 2],
            "PCL": ["--heads", 1, "--align", 0, "--uniform", 0, "--corr", 0]}
 CIFAR10 = ["--arch", "resnet18", "--crop-size", 32, "--batch-size", 512, "--queue-size", 4096,
            "--moco-m", 0.99, "--lr", 0.06]
@@ -114,7 +114,7 @@ def augmentation(work, args):
 
 
 def cifar10(work, args):
-    """The three methods at once: two epochs, then anew as many as fit by what those took."""
+    """The methods at once: two epochs, then anew as many as fit by what those took."""
     end, data = time.time() + args.seconds, []
     if not args.quick:
         data = [images(work, args), *CIFAR10]

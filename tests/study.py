@@ -129,7 +129,8 @@ def grids():
         ["PAUC, two heads, P = 10, 40"]) for w in (0.1, 1)}
     first = {f"PAUC, first reading, P = {P}": (["--num-clusters", P, "--heads", "1"],
              "first reading", [f"PCL, P = {P}", f"PAUC, one head, P = {P}"]) for P in PROTOTYPES}
-    return dict(main=methods([]), coarse=few, weights=weights, hierarchy=hierarchy,
+    final = {name: method for name, method in few.items() if "uniformity 1" not in name}
+    return dict(main=methods([]), coarse=few, final=final, weights=weights, hierarchy=hierarchy,
                 hierarchy_first=first)
 
 
