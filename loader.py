@@ -185,7 +185,7 @@ def _leave_signals_to_the_parent(_):
 
 
 def upload(x, device):
-    if device.type == "cuda" and torch.cuda.is_available():
+    if device.type == "cuda" and not x.is_cuda:
         x = x.pin_memory()  # from other memory over 64 KB wait for what the GPU has to do
     return x.to(device, non_blocking=True)
 

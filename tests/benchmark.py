@@ -228,9 +228,9 @@ def sgd(model, args, foreach=None):
                            weight_decay=1e-4, foreach=foreach)
 
 
-def step_functions(case, batch, methods, options, feed=None, compiled=False):
+def step_functions(case, batch, methods, options, feed=None):
     """The floor, and a training step of each variant, on one model and one batch, or on what `feed`
-    gives. compiled: the encoders are, by inductor, which a quick look goes without."""
+    gives."""
     device, size, args = options.device, case["size"], settings(options, case=case)
     model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m, small_images=size < 64)
     model.to(device, memory_format=torch.channels_last).train()
@@ -243,8 +243,6 @@ def step_functions(case, batch, methods, options, feed=None, compiled=False):
     im_q, im_k = views.contiguous(memory_format=torch.channels_last).chunk(2)
     step = one_step(ddp, optimizer, feed or (lambda: (im_q, im_k)),
                     torch.randperm(case["images"])[:batch])
-    for encoder in (model.encoder_q, model.encoder_k) if compiled else ():
-        encoder.compile(backend="eager" if options.quick else "inductor")
 
     def floor():
         optimizer.zero_grad()

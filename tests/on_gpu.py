@@ -5,11 +5,11 @@ how long is a step beside MoCo's, does the input keep up, what are the methods w
     python tests/on_gpu.py --output DIR --data IMAGES --seconds 300    # what is not done yet
     python tests/on_gpu.py --output DIR --quick                        # on the CPU: does it run?
 
-Needed are a GPU, requirements.txt (faiss-cpu will do), gcc for what is compiled, and no network.
+Needed are a GPU, requirements.txt (faiss-cpu will do) and no network.
 IMAGES holds cifar10/train/CLASS/* and cifar10/val/CLASS/*, the archive train and test. A stage is a
 process, and ends with all that it has led to when its time is over. Figures and ends of stages go
-to DIR/results.jsonl at once, what they print to DIR/STAGE.log, their runs' logs to DIR/runs.jsonl.
-The next call with this DIR skips what is done. Temporary files (TMPDIR) are 60,000 images and 1 GB.
+to DIR/results.jsonl at once, what they print to DIR/STAGE.log, their runs' logs to DIR/runs.jsonl,
+the study to DIR/study (3 GB). The next call with this DIR skips what is done.
 """
 import argparse
 import json
@@ -25,12 +25,10 @@ from contextlib import suppress
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-METHODS = {"MoCo": ["--num-clusters", 0], "PAUC": [], "two heads": ["--heads", 2],
-           "PCL": ["--heads", 1, "--align", 0, "--uniform", 0, "--corr", 0]}
-CIFAR10 = ["--arch", "resnet18", "--crop-size", 32, "--batch-size", 512, "--queue-size", 4096,
-           "--moco-m", 0.99, "--lr", 0.06]
-LAST, EVALUATION = 200, 30  # seconds: kept for the last stage; of it, beside starting
-MARGIN = 0.85  # the part of what is left for training that is planned with
+CIFAR10 = """--dataset folder --grid final --first-seed 3 --seeds 3 --jobs 8 --images 10000
+    --arch resnet18 --crop-size 32 --batch-size 128 --queue-size 2048 --moco-m 0.99 --lr 0.06
+    --epochs 30 --warmup-epochs 6 --knn-every 0 --amp bf16 --workers 0""".split()
+LAST = 200  # seconds: kept for the last stage
 
 
 def main():
@@ -60,6 +58,7 @@ def parse_args():
     parser.add_argument("--seconds", type=float, default=480, help="for all that is to be done")
     parser.add_argument("--quick", action="store_true", help="all on the CPU, with little to do")
     args = parser.parse_args()
+    args.output = args.output.resolve()
     args.device = ["--device", "cpu" if args.quick else "cuda"]
     args.on = [*args.device, "--nproc", 1, "--amp", "bf16"]
     if args.quick:
@@ -82,7 +81,11 @@ def smoke(work, args):
     steps = [line["step"] for line in read(log) if "loss" in line]
     assert steps == [*range(1, len(steps) + 1)], steps
     yield "pretrain.py", dict(steps=len(steps), loss=read(log)[-2]["loss"])
-    yield "lincls.py", evaluate([work], args)[0]
+    finish([start("lincls.py", "--pretrained", work / "checkpoint.pth", "--knn", "--logreg",
+                  "--shots", 1, "--cluster", "--neighbours", 4, *args.on)])
+    finish([start("lincls.py", "--pretrained", work / "backbone.pth", "--epochs", 2, *args.on)])
+    for line in read(work / "lincls" / "results.jsonl"):
+        yield f"lincls.py {line['protocol']}", line
 
 
 def gpu_tests(work, args):
@@ -101,9 +104,6 @@ def step(work, args):
     yield from benchmark.speeds(functions, batch, 12, options)
     trace = args.output / "profile.json.gz"
     yield "a PAUC step", benchmark.profile_of(functions["PAUC"], 20, trace, options)
-    functions = benchmark.step_functions(case, batch, methods, options, compiled=True)
-    for name, figures in benchmark.speeds(functions, batch, 12, options):
-        yield f"{name}, compiled", figures
 
 
 def augmentation(work, args):
@@ -114,34 +114,20 @@ def augmentation(work, args):
 
 
 def cifar10(work, args):
-    """The methods at once: two epochs, then anew as many as fit by what those took."""
-    end, data = time.time() + args.seconds, []
-    if not args.quick:
-        data = [images(work, args), *CIFAR10]
-        os.environ["OMP_NUM_THREADS"] = str(max(1, os.cpu_count() // len(METHODS)))  # faiss's too
-
-    def train(epochs, warmup, knn_every):
-        folders = [work / f"{warmup}-of-{epochs}-{name}" for name in METHODS]
-        finish([start("pretrain.py", *data, *args.on, *flags, "--epochs", epochs,
-                      "--warmup-epochs", warmup, "--knn-every", knn_every, "--output", folder)
-                for folder, flags in zip(folders, METHODS.values())])
-        logs = [read(folder / "log.jsonl") for folder in folders]
-        times = [[line["seconds"] for line in log if "seconds" in line] for log in logs]
-        return folders, [sorted(each)[len(each) // 2] for each in times]  # the medians
-
-    folders, seconds = train(2, 1, 0)
-    around = args.seconds - (end - time.time()) - max(seconds)  # with an epoch more, for safety
-    left = end - time.time() - 2 * around - EVALUATION
-    epochs = 2 if args.quick else int(MARGIN * left / max(seconds))
-    yield "two epochs", dict(seconds_an_epoch=max(seconds), seconds_around=around, fit_then=epochs)
-    if epochs > 2:
-        folders, seconds = train(epochs, epochs // 5, epochs // 3 or 1)
-    for name, last, found in zip(METHODS, seconds, evaluate(folders, args)):
-        yield name, dict(epochs=max(2, epochs), seconds_an_epoch=last, **found)
+    """The study's methods on a part of the images, three seeds, as many runs as there is time for,
+    one seed after another. Its folder is in DIR, where it goes on."""
+    flags = ["--quick", "--grid", "main", *args.device] if args.quick else [
+        "--data", images(work, args), *CIFAR10]
+    process = start("tests/study.py", *flags, "--test", "--output", args.output / "study")
+    process.wait()
+    for run in read(args.output / "study" / "images.jsonl"):
+        yield f"{run['name']}, seed {run['seed']}", {
+            name: value for name, value in run.items() if name not in ("argv", "curve")}
+    finish([process])
 
 
-STAGES = dict(smoke=(50, smoke), tests=(60, gpu_tests), step=(120, step),  # seconds, at most
-              augmentation=(30, augmentation), cifar10=(float("inf"), cifar10))
+STAGES = dict(smoke=(90, smoke), tests=(90, gpu_tests), step=(90, step),  # seconds, at most
+              augmentation=(40, augmentation), cifar10=(float("inf"), cifar10))
 
 
 def images(work, args):
@@ -161,13 +147,6 @@ def finish(processes, status=0):
     for process in processes:
         if process.wait() != status:
             raise RuntimeError(f"status {process.returncode}, not {status}: {process.args[1:]}")
-
-
-def evaluate(folders, args):
-    finish([start("lincls.py", "--pretrained", folder / "checkpoint.pth", "--knn", "--logreg",
-                  *args.on) for folder in folders])
-    results = [read(folder / "lincls" / "results.jsonl") for folder in folders]
-    return [dict(knn=knn["knn"], logreg=logreg["top1"]) for knn, logreg in results]
 
 
 def run_stage(work, limit, args):

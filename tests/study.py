@@ -26,6 +26,7 @@ k-means of the training images, with as many clusters as classes.
 """
 import argparse
 import copy
+import functools
 import json
 import multiprocessing
 import os
@@ -76,7 +77,7 @@ CPU = {  # with --cpu: where below --data, and the flags that are no longer to b
         flags=[*CPU_FLAGS, *"--crop-size 16 --epochs 30 --warmup-epochs 6".split(),
                *"--dataset folder --moco-m 0.99".split()])),
 }
-read, pauc = loader.load, pretrain.pauc  # the project's own
+read, pauc = functools.cache(loader.load), pretrain.pauc  # the project's own
 
 
 def parse_args(argv=None):

@@ -1,5 +1,5 @@
 """What would fail or wait on a GPU, found by PyTorch's fake tensors without one, as process 1 of 8:
-all but DDP, faiss, pinned memory, inference mode, and the backward that is PyTorch's own."""
+all but DDP, faiss, inference mode, and the backward that is PyTorch's own."""
 import sys
 import traceback
 from pathlib import Path
@@ -41,8 +41,9 @@ class PretendedGPU(FakeTensorMode):
             if kwargs.get("device", CUDA) != CUDA:
                 self.wait("read")
                 return torch.zeros(args[0].shape, dtype=args[0].dtype)
-            if real and not (kwargs.get("non_blocking") and real[0].nbytes <= 2 ** 16):
-                self.wait("upload")  # what is larger would have to be pinned
+            small = real and (real[0].nbytes <= 2 ** 16 or hasattr(real[0], "pinned"))
+            if real and not (kwargs.get("non_blocking") and small):
+                self.wait("upload")
         elif real:
             raise RuntimeError(f"{func} of a CPU tensor")
         elif func in READS:
@@ -56,9 +57,18 @@ class PretendedGPU(FakeTensorMode):
         self.waits.add(f"{kind} in {ours[-1]}")
 
 
+def pin_memory(x):
+    if x.is_cuda:
+        raise RuntimeError("pin_memory of a GPU's tensor")
+    x = x.clone()
+    x.pinned = True
+    return x
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # also where there is one
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
