@@ -119,7 +119,8 @@ def tensors(checkpoint):
 def load_backbone(encoder, checkpoint, path, arch):
     """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`, be
     it ours, MoCo's, PCL's, torchvision's or many others': the backbone is recognised by its own
-    names behind whatever prefix, which is returned. UsageError says what is missing or too much."""
+    names behind whatever prefix. Words on what was taken are returned: the prefix, and an average
+    that is there too. UsageError says what is missing or too much."""
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
@@ -143,7 +144,9 @@ def load_backbone(encoder, checkpoint, path, arch):
     if not all(x.isfinite().all() for x in found.values()):
         raise UsageError(f"{path}: its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)
-    return prefix
+    average = next((x for x in prefixes if "ema" in x and "ema" not in prefix), None)
+    more = f" (an average is there too, {average}*: to take it, save it alone)" if average else ""
+    return f"{prefix}*{more}"
 
 
 # ------------------------------------------------------------------------------------------- MoCo

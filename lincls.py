@@ -157,9 +157,9 @@ def load_net(args, source, train):
     nn.init.normal_(fc.weight, std=0.01)
     nn.init.zeros_(fc.bias)
     net = builder.with_head(backbone, fc)
-    prefix = builder.load_backbone(net, source, path, args.arch)
+    taken = builder.load_backbone(net, source, path, args.arch)
     say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
-        f"{np.round(args.statistics, 3).tolist()}; {path}: {prefix}*")
+        f"{np.round(args.statistics, 3).tolist()}; {path}: {taken}")
     if args.evaluate and not args.on_features:
         its = builder.tensors(source).get(f"state_dict.{builder.HEAD}.weight")
         if source.get("classes") != train.classes or its is None or its.shape != fc.weight.shape:

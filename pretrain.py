@@ -167,9 +167,9 @@ def main_worker(args):
     model = builder.MoCo(args.arch, args.dim, args.queue_size, args.moco_m, args.mlp,
                          args.crop_size < loader.SMALL_CROP, args.bn_splits, args.heads)
     if args.init and not checkpoint:  # the heads are new
-        prefix = builder.load_backbone(model.encoder_q, load(args.init), args.init, args.arch)
+        taken = builder.load_backbone(model.encoder_q, load(args.init), args.init, args.arch)
         model.encoder_k.load_state_dict(model.encoder_q.state_dict())
-        say(f"init    {args.init}: {prefix}*")
+        say(f"init    {args.init}: {taken}")
     ddp = distributed(model.to(args.device, memory_format=torch.channels_last))
     backbone = builder.backbone_of(model.encoder_q)
     optimizer = torch.optim.SGD(model.parameter_groups(), args.lr, momentum=args.momentum,

@@ -188,8 +188,21 @@ def read(state, arch="resnet18"):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_backbone_is_read_out_of(layout, weights):
     prefix, make = LAYOUTS[layout]
-    found, state = read(make(weights))
-    assert found.endswith(prefix)
+    taken, state = read(make(weights))
+    assert taken.endswith(f"{prefix}*")
+    assert all(torch.equal(state[name], weights[name]) for name in state)
+
+
+def test_an_average_beside_the_weights_is_named(weights):
+    taken, state = read({"state_dict": weights, "state_dict_ema": prefixed("", weights, 0)})
+    assert taken == ("state_dict.* (an average is there too, state_dict_ema.*: to take it, save it "
+                     "alone)")
+    assert torch.equal(state["conv1.weight"], weights["conv1.weight"])
+
+
+def test_an_average_saved_alone_is_taken(weights):
+    taken, state = read({"state_dict_ema": weights})
+    assert taken == "state_dict_ema.*"
     assert all(torch.equal(state[name], weights[name]) for name in state)
 
 
@@ -197,8 +210,8 @@ def test_a_backbone_is_read_out_of_a_checkpoint_of_ours_and_the_head_stays_new(g
     ours, theirs = (small_moco(seed=seed) for seed in (0, 1))
     head = builder.head_of(theirs.encoder_q)[0].weight.clone()
     checkpoint = {"state_dict": DistributedDataParallel(ours).state_dict(), "epoch": 3}
-    prefix = builder.load_backbone(theirs.encoder_q, checkpoint, "it.pth", "tiny")
-    assert prefix == "state_dict.module.encoder_q."
+    taken = builder.load_backbone(theirs.encoder_q, checkpoint, "it.pth", "tiny")
+    assert taken == "state_dict.module.encoder_q.*"
     a, b = (builder.backbone_of(model.encoder_q).state_dict() for model in (ours, theirs))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert torch.equal(builder.head_of(theirs.encoder_q)[0].weight, head)
