@@ -1,5 +1,6 @@
 """The momentum-queue model, gathering across processes, backbones out of checkpoints."""
 import copy
+import hashlib
 import math
 
 import pytest
@@ -193,11 +194,47 @@ def test_a_backbone_is_read_out_of(layout, weights):
     assert all(torch.equal(state[name], weights[name]) for name in state)
 
 
-def test_an_average_beside_the_weights_is_named(weights):
-    taken, state = read({"state_dict": weights, "state_dict_ema": prefixed("", weights, 0)})
-    assert taken == ("state_dict.* (an average is there too, state_dict_ema.*: to take it, save it "
-                     "alone)")
-    assert torch.equal(state["conv1.weight"], weights["conv1.weight"])
+def of_lightly(shapes):
+    body = {name: shape for name, shape in shapes.items() if "fc." not in name}
+    head = {"layers.0.weight": (512, 512), "layers.0.bias": (512,),
+            "layers.2.weight": (128, 512), "layers.2.bias": (128,)}
+    model = (prefixed("backbone.", body) | prefixed("projection_head.", head)
+             | prefixed("key_backbone.", body) | prefixed("key_projection_head.", head)
+             | prefixed("online_classifier.classification_head.",
+                        {"weight": (10, 512), "bias": (10,)}))
+    return prefixed("state_dict.", model) | {
+        "callbacks.EarlyStopping{'monitor': 'train_loss', 'mode': 'min'}.best_score": (),
+        "callbacks.ModelCheckpoint{'monitor': None, 'mode': 'min', 'every_n_train_steps': 0, "
+        "'every_n_epochs': 1, 'train_time_interval': None}.kth_value": ()}
+
+
+def of_timm(shapes):
+    parameters = [shape for name, shape in shapes.items() if name.endswith(("weight", "bias"))]
+    momenta = sorted(parameters, key=lambda shape: len(shape) > 1)  # without weight decay first
+    return ({f"optimizer.state.{i}.momentum_buffer": shape for i, shape in enumerate(momenta)}
+            | prefixed("state_dict.", shapes) | prefixed("state_dict_ema.", shapes))
+
+
+# The names and shapes in a ResNet-18's checkpoint that another project's own code wrote, as a rule
+# and as the digest of their list there: STUDY.md has the commands. Last, what is taken.
+SAVED = {
+    "lightly 1.6.0": (of_lightly, "2631f6504a57758b", "state_dict.backbone.*"),
+    "timm 1.0.31": (of_timm, "2024df540fc8eb4f", "state_dict.* (an average is there too, "
+                    "state_dict_ema.*: to take it, save it alone)"),
+}
+
+
+@pytest.mark.parametrize("project", SAVED)
+def test_a_backbone_is_read_out_of_what_another_project_saved(project, weights):
+    rule, digest, words = SAVED[project]
+    names = rule({name: tuple(x.shape) for name, x in weights.items()})
+    lines = "\n".join(f"{name} {list(shape)}" for name, shape in names.items())
+    assert hashlib.sha256(lines.encode()).hexdigest().startswith(digest)
+    saved = {name: torch.full(shape, i) for i, (name, shape) in enumerate(names.items())}
+    taken, state = read(saved)
+    assert taken == words
+    prefix = words.split("*")[0]
+    assert all(torch.equal(x, saved[prefix + name].to(x)) for name, x in state.items())
 
 
 def test_an_average_saved_alone_is_taken(weights):
