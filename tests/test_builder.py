@@ -237,10 +237,12 @@ def test_a_backbone_is_read_out_of_what_another_project_saved(project, weights):
     assert all(torch.equal(x, saved[prefix + name].to(x)) for name, x in state.items())
 
 
-def test_an_average_saved_alone_is_taken(weights):
-    taken, state = read({"state_dict_ema": weights})
-    assert taken == "state_dict_ema.*"
+def test_an_average_is_taken_where_it_is_alone(weights):
+    average = {"model_ema": prefixed("module.", weights)}
+    taken, state = read(average)
+    assert taken == "model_ema.module.*"
     assert all(torch.equal(state[name], weights[name]) for name in state)
+    assert read(average | {"model": weights})[0].startswith("model.* (")
 
 
 def test_a_backbone_is_read_out_of_a_checkpoint_of_ours_and_the_head_stays_new(group):
