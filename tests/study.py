@@ -99,7 +99,7 @@ def parse_args(argv=None):
     add("--quick", action="store_true", help="a few tiny runs of each kind")
     args, args.flags = parser.parse_known_args(argv)
     if args.quick:
-        args.grid, args.seeds, args.steps = ["hierarchy", "main"], 2, 60
+        args.grid, args.seeds, args.steps = args.grid or ["hierarchy", "main"], 2, 60
         args.images, args.val_images = 128, 50
         args.flags = ["--dataset", "digits", "--arch", "shufflenet_v2_x0_5", "--epochs", "2",
                       "--warmup-epochs", "1", *args.flags]

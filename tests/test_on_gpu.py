@@ -37,6 +37,7 @@ def test_all_stages_run_on_the_cpu(tmp_path):
     for row in ("lincls.py ", "a PAUC step ", "shufflenet 64 px ", "PCL ",
                 "PAUC, two heads, seed 0 "):
         assert f"\n    {row}" in done.stdout
+    assert "test_linear: " in done.stdout and "proto_effective_rank: " in done.stdout
     runs = (tmp_path / "out" / "runs.jsonl").read_text()
     assert '"run": "smoke/lincls"' in runs
 
