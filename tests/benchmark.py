@@ -4,6 +4,8 @@ and PCL.
     python tests/benchmark.py                       # on the GPU, or on the CPU where there is none
     python tests/benchmark.py --device cpu --only c d --output cpu.json
     python tests/benchmark.py --count               # counted instead of measured, on any machine
+    git worktree add /tmp/old d33f62a
+    python tests/benchmark.py --device cpu --only c --old /tmp/old    # reading, beside that build
     python tests/benchmark.py --profile trace.json  # 30 steps, for chrome://tracing
     python tests/benchmark.py --quick               # tiny sizes: does it run?
 
@@ -16,6 +18,7 @@ GPU; on the CPU the process's resident memory, with all that was there before th
 import argparse
 import gc
 import gzip
+import importlib.util
 import io
 import itertools
 import json
@@ -102,6 +105,7 @@ def parse_options(argv):
     add("--profile", type=Path, metavar="JSON", help="write a trace of 30 steps, and nothing else")
     add("--limit", type=float, metavar="SECONDS", help="longest k-means (default: 600 on a GPU, 90 "
         "on the CPU); over it one restart stands for all")
+    add("--old", type=Path, metavar="DIR", help="a checkout of d33f62a, to compare reading with")
     add("--quick", action="store_true", help="tiny sizes")
     options = parser.parse_args(argv)
     options.cuda = options.device == "cuda"
@@ -407,22 +411,23 @@ def loss_part(options):
 # --------------------------------------------------------------- c: decoding and augmentation
 
 
-def write_photographs(folder, number, kilobytes=110):
-    """JPEG files as large as ImageNet's are on average: 500x375 pixels of 1/f noise, with the
-    quality that fits."""
-    frequency = np.hypot(np.fft.fftfreq(375)[:, None], np.fft.rfftfreq(500)).clip(1 / 500)
+def write_photographs(folder, number, width, height, kilobytes=None):
+    """JPEG files of 1/f noise, of the quality that fits a size (ImageNet's is 110 kB), or 90, and
+    then smooth like a camera's."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)).clip(1 / width)
+    frequency **= 1 if kilobytes else 1.25
     sizes = []
     for i in range(number):
-        noise = np.random.default_rng(i).normal(size=(3, 375, 500))
-        x = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(375, 500))
+        noise = np.random.default_rng(i).normal(size=(3, height, width))
+        x = np.fft.irfft2(np.fft.rfft2(noise) / frequency, s=(height, width))
         x = 0.7 * x.mean(0) + 0.3 * x  # channels of a photograph go together
         pixels = (128 + 50 * x / x.std()).clip(0, 255).astype(np.uint8)
         image = Image.fromarray(pixels.transpose(1, 2, 0))
         files = []
-        for quality in range(60, 97, 2):
+        for quality in range(60, 97, 2) if kilobytes else (90,):
             image.save(file := io.BytesIO(), "JPEG", quality=quality)
             files.append(file.getvalue())
-        best = min(files, key=lambda data: abs(len(data) - 1000 * kilobytes))
+        best = min(files, key=lambda data: abs(len(data) - 1000 * (kilobytes or 0)))
         (folder / f"{i:03}.jpg").write_bytes(best)
         sizes.append(len(best) / 1000)
     return statistics.mean(sizes)
@@ -443,46 +448,66 @@ def moco_v2(size):
 
 
 def augmentation(options):
-    size, number, threads = 224, 2 if options.quick else 32, torch.get_num_threads()
-    with tempfile.TemporaryDirectory() as root:
-        folder = Path(root) / "train" / "class"
-        folder.mkdir(parents=True)
-        kilobytes = write_photographs(folder, number)
-        data, transform = loader.load("folder", root)[0], moco_v2(size)
-        augment = loader.Augment("v2", size, data.statistics)
-        paths = sorted(folder.iterdir())
+    kinds = [(500, 375, 110, 32), (4000, 3000, None, 3)]
+    for width, height, kilobytes, number in [(300, 200, 20, 2)] if options.quick else kinds:
+        with tempfile.TemporaryDirectory() as root:
+            folder = Path(root) / "train" / "class"
+            folder.mkdir(parents=True)
+            kilobytes = write_photographs(folder, number, width, height, kilobytes)
+            case = f"{width}x{height} JPEG of {kilobytes:.0f} kB, 224 px"
+            yield from reading(case, root, sorted(folder.iterdir()), options)
+    augment = loader.Augment("v2", 224, loader.IMAGENET_STATISTICS).to(options.device)
+    x = torch.rand(512 if options.cuda else 64, 3, 224, 224, device=options.device)
+    u = torch.rand(len(x), loader.DRAWS, device=options.device)
+    times = alternate({"": lambda: augment(x, u)}, options, 5, options.calls)[""]
+    variant = f"Augment, {options.device.type}, all threads"
+    yield "two views of 224 px", variant, len(x) / 2 / statistics.median(times), "pairs/s"
 
-        def decode():
-            for path in paths:
-                Image.open(path).convert("RGB")
 
-        def pil():
-            for path in paths:
-                image = Image.open(path).convert("RGB")
-                transform(image), transform(image)
+def reading(case, root, paths, options, size=224):
+    """Two views, and the centres, on one core, as a data worker has it."""
+    data, transform = loader.load("folder", root)[0], moco_v2(size)
+    augment, threads = loader.Augment("v2", size, data.statistics), torch.get_num_threads()
+    number, epochs = len(paths), itertools.count()
 
-        def worker():
-            u = torch.rand(number, 2, loader.TRIES, loader.DRAWS_OF_A_BOX)
-            return data.random_crops(torch.arange(number), u, size, 0.2)
+    def decode():
+        for path in paths:
+            Image.open(path).convert("RGB")
 
-        def both():
-            x = worker().flatten(0, 1)
-            return augment(x, torch.rand(len(x), loader.DRAWS))
-        torch.set_num_threads(1)  # a core, as a data worker has
-        functions = {"PIL pipeline of MoCo v2": pil, "decode alone": decode, "worker": worker,
-                     "worker and Augment": both}
-        times = alternate(functions, options, 40, rounds=5)
-        torch.set_num_threads(threads)
-        case = f"500x375 JPEG of {kilobytes:.0f} kB, two views of {size} px"
-        for name in times:
-            speed, of = number / statistics.median(times[name]), "PIL pipeline of MoCo v2"
-            yield case, name, speed, "pairs/s a core", ratio(times, of, name), "PIL"
-        x = worker().flatten(0, 1).repeat(8 if options.cuda else 1, 1, 1, 1).to(options.device)
-        u = torch.rand(len(x), loader.DRAWS, device=options.device)
-        augment.to(options.device)
-        times = alternate({"": lambda: augment(x, u)}, options, 5, options.calls)[""]
-        variant = f"Augment, {options.device.type}, all threads"
-        yield case, variant, len(x) / 2 / statistics.median(times), "pairs/s"
+    def pil():
+        for path in paths:
+            image = Image.open(path).convert("RGB")
+            transform(image), transform(image)
+
+    def worker():
+        u = torch.rand(number, 2, loader.TRIES, loader.DRAWS_OF_A_BOX)
+        return data.random_crops(torch.arange(number), u, size, 0.2)
+
+    def both():
+        x = worker().flatten(0, 1)
+        return augment(x, torch.rand(len(x), loader.DRAWS))
+    functions = {"PIL pipeline of MoCo v2": pil, "decode alone": decode, "worker": worker,
+                 "worker and Augment": both,
+                 "centres": lambda: data.centre_crops(size, range(number))}
+    if options.old:
+        old = importlib.util.spec_from_file_location("old_loader", options.old / "loader.py")
+        sys.modules[old.name] = module = importlib.util.module_from_spec(old)
+        old.loader.exec_module(module)
+        files = module.load("folder", root)[0]
+        crops = module.RandomCrops(files, size, 0, 2, 0.2)
+        centres = module.CentreCrops(files, size, loader.shorter_side(size))
+        functions |= {
+            "old worker": lambda epoch=epochs: torch.stack(
+                [crops[next(epoch), i] for i in range(number)]),
+            "old centres": lambda: torch.stack([centres[i][0] for i in range(number)])}
+    torch.set_num_threads(1)
+    times = alternate(functions, options, 40, rounds=5)
+    torch.set_num_threads(threads)
+    for name in times:
+        unit = "images/s a core" if "centres" in name else "pairs/s a core"
+        of = f"old {name}" if f"old {name}" in times else "PIL pipeline of MoCo v2"
+        compared = () if "centres" in name and not options.old else (ratio(times, of, name), of)
+        yield case, name, number / statistics.median(times[name]), unit, *compared
 
 
 def views_of(case, batch, options):

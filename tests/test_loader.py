@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same, digits, write_fashion_mnist
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageOps
+from sklearn.datasets import load_sample_image
 from torch._utils import ExceptionWrapper
 from torchvision import transforms
-from torchvision.transforms import RandomResizedCrop, functional
+from torchvision.transforms import RandomResizedCrop, functional, v2
 
 import loader
 
@@ -223,13 +224,13 @@ def test_any_mode_becomes_rgb_over_white(mode, colour, rgb, tmp_path):
         image.putpalette([9, 9, 9, 0, 1, 2, 3, 255], "RGBA")
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image.save(path)
-    assert (loader.read_image(path) == torch.tensor(rgb)[:, None, None].expand(3, 2, 3)).all()
+    assert (loader.read_image(path)[0] == torch.tensor(rgb)[:, None, None].expand(3, 2, 3)).all()
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif"])
 def test_16_bit_grey_is_scaled_by_its_range(name, tmp_path):
     Image.fromarray(np.array([[0, 257, 4095, 65535]], np.uint16)).save(tmp_path / name)
-    assert loader.read_image(tmp_path / name).tolist() == [[[0, 1, 16, 255]]] * 3
+    assert loader.read_image(tmp_path / name)[0].tolist() == [[[0, 1, 16, 255]]] * 3
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "16.tif"])
@@ -241,7 +242,35 @@ def test_exif_orientation_is_applied(orientation, name, tmp_path):
     image.save(tmp_path / name, exif=exif)
     expected = [x, x[:, ::-1], x[::-1, ::-1], x[::-1], x.T, np.rot90(x, -1), x[::-1, ::-1].T,
                 np.rot90(x)]
-    assert (loader.read_image(tmp_path / name)[0].numpy() == expected[orientation - 1]).all()
+    assert (loader.read_image(tmp_path / name)[0][0].numpy() == expected[orientation - 1]).all()
+
+
+@pytest.mark.parametrize("mode, turn, how", [
+    ("RGB", 1, {}), ("RGB", 1, dict(progressive=True)), ("RGB", 1, dict(quality=95)),
+    ("RGB", 6, {}), ("RGB", 3, {}), ("L", 1, {}), ("CMYK", 1, {}),
+    ("RGB", 1, dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])),
+    ("RGB", 1, dict(format="PNG"))])
+def test_the_views_of_a_jpeg_that_is_read_smaller_are_those_of_all_its_pixels(mode, turn, how,
+                                                                             tmp_path):
+    """Within 2 of 255 on average; bit for bit where there are too few pixels, or half ones."""
+    photo, exif = Image.fromarray(load_sample_image("china.jpg")), Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    for width, height, size, part in ((640, 424, 200, 1), (640, 427, 60, 1), (638, 426, 20, 2),
+                                      (640, 424, 60, 2), (640, 424, 30, 4), (640, 424, 16, 4)):
+        image, part = photo.crop((0, 0, width, height)), 1 if "PNG" in how.values() else part
+        image.convert(mode).save(tmp_path / "x.jpg", **dict(format="JPEG", exif=exif) | how)
+        with Image.open(tmp_path / "x.jpg") as image:
+            whole = functional.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+        files, u = loader.Files(tmp_path, ["x.jpg"], [0]), torch.rand(1, 40, 10, 4)
+        boxes = loader.random_boxes(u[0], *whole.shape[1:], 0.2)
+        read, its = files.read(0, lambda *_: boxes.clone(), size)
+        assert its.equal(boxes / part) and read.shape[2] == whole.shape[2] / part
+        views = [*files.random_crops(torch.zeros(1).int(), u, size, 0.2)[0],
+                 files.centre_crops(size, [0])[0]]
+        theirs = [v2.functional.resized_crop(whole, *box, [size] * 2, antialias=True)
+                  for box in boxes.int().tolist()] + [loader.centre_crop(whole, size)]
+        off = [(a.int() - b.int()).abs().float().mean() for a, b in zip(views, theirs)]
+        assert max(off[:-1]) <= (2 if part > 1 else 0) and off[-1] <= 2, (width, size, off)
 
 
 @pytest.mark.parametrize("name, make, reason", [
@@ -254,7 +283,7 @@ def test_exif_orientation_is_applied(orientation, name, tmp_path):
 def test_a_file_that_cannot_be_read_is_named_in_one_line(name, make, reason, tmp_path):
     make(tmp_path / name)
     with pytest.raises(loader.UsageError) as here:
-        loader.Files(tmp_path, [name], [0])[0]
+        loader.Files(tmp_path, [name], [0]).centre_crops(2, [0])
     line, shown = str(here.value), name.replace("\n", r"\n").replace("\udcff", r"\udcff")
     assert line.isprintable()
     assert line.startswith(f"{tmp_path}/{shown}: cannot be read as an image") and reason in line
@@ -456,8 +485,8 @@ def test_an_epoch_has_each_image_at_most_once_and_drops_an_incomplete_batch(data
 
 
 class Own(loader.Files):  # a fork's
-    def __getitem__(self, i):
-        return photo(20, 24, i)
+    def read(self, i, boxes_of=loader.whole, size=None):
+        return photo(20, 24, i), boxes_of(20, 24)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
