@@ -105,6 +105,7 @@ def parse_args(argv=None):
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
     add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
         help="prototypes of each clustering; 0: MoCo (default: 50, 25, 12 images a prototype)")
+    add("--cluster-every", type=positive(int), default=1, metavar="EPOCHS", help="of the E-step")
     add("--num-negatives", "--pcl-r", type=natural, default=16384, help="of ProtoNCE")
     add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
@@ -209,7 +210,9 @@ def main_worker(args):
             if val and args.knn_every and (done % args.knn_every == 0 or done == args.epochs):
                 figures["knn"] = monitor(backbone, train, val, args)
             line = log.report(figures | dict(seconds=time.perf_counter() - start), run, args)
-            run.update(epoch=done, step=0, clusterings=[], figures={})
+            run.update(epoch=done, step=0, figures={})
+            if (done - args.warmup_epochs) % args.cluster_every == 0:
+                run["clusterings"] = []
             if args.keep_every and done % args.keep_every == 0:
                 save_run(f"checkpoint_{done:04d}.pth")
             save_run()  # last: a run that is killed before it does all of this again

@@ -131,8 +131,13 @@ def grids():
     first = {f"PAUC, first reading, P = {P}": (["--num-clusters", P, "--heads", "1"],
              "first reading", [f"PCL, P = {P}", f"PAUC, one head, P = {P}"]) for P in PROTOTYPES}
     final = {name: method for name, method in few.items() if "uniformity 1" not in name}
-    return dict(main=methods([]), coarse=few, final=final, weights=weights, hierarchy=hierarchy,
-                hierarchy_first=first)
+    every, every_hierarchy = (
+        {f"{name}, clusters every {n}": ([*own[name][0], "--cluster-every", str(n)], None, [name])
+         for name in names for n in (2, 4)}
+        for own, names in ((few, ["PAUC, two heads, P = 10, 40"]),
+                           (hierarchy, [f"PAUC, two heads, P = {P}" for P in PROTOTYPES])))
+    return dict(main=methods([]), coarse=few, final=final, weights=weights, every=every,
+                hierarchy=hierarchy, hierarchy_every=every_hierarchy, hierarchy_first=first)
 
 
 def methods(sizes, moco=()):
@@ -224,7 +229,7 @@ def train_on_hierarchy(flags, seed, form=pauc, steps=600):
     queue, queue_index = torch.zeros(EMBEDDING, size), torch.full((size,), builder.EMPTY)
     warmup, clusterings = steps * args.warmup_epochs // EPOCHS, []
     for step in range(steps):
-        if step >= warmup and (step - warmup) % CLUSTER_EVERY == 0:
+        if step >= warmup and (step - warmup) % (CLUSTER_EVERY * args.cluster_every) == 0:
             v, *others = levels(encoder_k.eval(), x)
             clusterings = [pretrain.kmeans(v, P, loader.seed_of(seed, step), args)[0]
                            for P in args.num_clusters]

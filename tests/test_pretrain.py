@@ -384,6 +384,20 @@ def test_a_prototype_head_is_new_when_the_warm_up_ends_and_a_resume_there_is_exa
          "cpu", "--output", tmp_path / "out")
 
 
+def test_clusters_of_every_second_epoch_stay_for_the_next_also_over_a_resume(few, tmp_path):
+    flags = [*few, "--epochs", 4, "--warmup-epochs", 1, "--cluster-every", 2, "--keep-every", 1,
+             "--knn-every", 0]
+    here(pretrain.main, *flags, "--output", tmp_path / "run")
+    assert ["diversity" in line for line in read_log(tmp_path / "run") if "seconds" in line] == [
+        False, True, False, True]
+    kept = [len(pretrain.load(tmp_path / "run" / f"checkpoint_000{i}.pth")["clusterings"])
+            for i in (1, 2, 3, 4)]
+    assert kept == [0, 2, 0, 2]
+    here(pretrain.main, *flags, "--resume", tmp_path / "run" / "checkpoint_0002.pth", "--output",
+         tmp_path / "again")
+    same_ending(tmp_path / "again", tmp_path / "run")
+
+
 @pytest.mark.parametrize("source", ["checkpoint.pth", "backbone.pth"])
 def test_init_gives_both_encoders_the_backbone_and_leaves_the_heads_new(source, whole, few,
                                                                          tmp_path):
