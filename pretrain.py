@@ -5,7 +5,7 @@
     python pretrain.py IMAGENET --nproc 8                  # an image folder, on 8 GPUs
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:23456 \
         pretrain.py IMAGENET                               # several nodes, the same on each
-    python pretrain.py --align 0 --uniform 0 --corr 0      # PCL
+    python pretrain.py --heads 1 --align 0 --uniform 0 --corr 0   # PCL
     python pretrain.py --num-clusters 0                    # MoCo v2
 """
 import argparse
@@ -116,7 +116,7 @@ def parse_args(argv=None):
     add("--align-alpha", type=positive(float), default=2.0, help="its exponent")
     add("--uniform-t", type=positive(float), default=2.0, help="its inverse temperature")
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of what is off its diagonal")
-    add("--heads", type=int, choices=(1, 2), default=1,
+    add("--heads", type=int, choices=(1, 2), default=2,
         help="2: one for instances, one for prototypes; 1: one embedding is both")
     add("--init", type=Path, metavar="PATH", help="start from the backbone in a checkpoint")
     add("--knn-every", type=natural, metavar="EPOCHS", help="of the kNN monitor; 0: never")

@@ -99,7 +99,7 @@ def set_up(arch):
     vars(args).update(device=CUDA, amp="bf16", batch_size=256, workers=0, num_clusters=SIZES,
                       statistics=loader.IMAGENET_STATISTICS)
     with torch.device("meta"):
-        model = builder.MoCo(arch)
+        model = builder.MoCo(arch, heads=args.heads)
     return model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=CUDA)), args
 
 
@@ -110,7 +110,7 @@ def test_a_training_step_waits_only_where_its_losses_are_read(gpu):
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.1, 0.9)
 
     def backward():
-        builder.GatherWithGradient.backward(Mock(rows=32), torch.empty(256, 128, device=CUDA))
+        builder.GatherWithGradient.backward(Mock(rows=32), torch.empty(256, 2, 128, device=CUDA))
         for parameter in model.encoder_q.parameters():
             parameter.grad = torch.empty_like(parameter)
     scaler.scale().backward, scaler.step = backward, lambda optimizer: optimizer.step()
@@ -148,7 +148,8 @@ def test_e_step_and_monitor_wait_only_in_named_places(gpu, monkeypatch):
     faiss.vector_to_array.return_value = np.zeros(50_000 * 128, np.float32)  # the second
     faiss.IndexFlatL2().search.return_value = np.zeros((1000, 1)), np.zeros((1000, 1), int)
     clusterings, _ = pretrain.e_step(model, images(1000), args, 0)
-    pretrain.monitor.__wrapped__(model.encoder_q, images(1000), images(99), args)
+    backbone = builder.backbone_of(model.encoder_q)
+    pretrain.monitor.__wrapped__(backbone, images(1000), images(99), args)
     assert [x.device.type for x in clusterings[1]] == ["cpu", "cuda", "cuda"]
     assert gpu.waits == {
         "read in e_step", "read in embed", "read in kmeans", "read in concentration",

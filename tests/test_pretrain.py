@@ -30,8 +30,9 @@ from loader import UsageError
 
 TERMS = {"loss", "loss_ins", "loss_proto", "loss_align", "loss_uniform", "loss_corr", "acc_ins",
          "acc_proto", "images_per_prototype", "lr", "images_per_s"}
-EACH = {"diversity", "separation", "balance", "empty", "kmeans_objective"}  # clustering has one
-FIGURES = EACH | {"effective_rank", "seconds_embed", "seconds_kmeans"}
+LEVEL = "diversity", "separation", "balance", "empty"
+EACH = {*LEVEL, *(f"proto_{name}" for name in LEVEL), "kmeans_objective"}  # clustering has one
+FIGURES = EACH | {"effective_rank", "proto_effective_rank", "seconds_embed", "seconds_kmeans"}
 WEIGHTS = dict(proto=1, align=0.3, uniform=0.3, corr=0.3)
 THREE_EPOCHS = "--epochs", 3, "--keep-every", 1, "--num-negatives", 25
 ONE_EPOCH = "--epochs", 1, "--knn-every", 0, "--warmup-epochs", 0
@@ -347,8 +348,8 @@ def test_a_run_killed_before_its_first_save_leaves_no_double_lines(whole, few, t
 def test_a_resume_takes_weight_decay_and_momentum_from_the_flags(two_epochs, few):
     here(pretrain.main, *few, *THREE_EPOCHS, "--wd", 0.5, "--momentum", 0.5, "--output",
          two_epochs, "--resume", "auto")
-    group, = read_checkpoint(two_epochs)["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["momentum"]) == (0.5, 0.5)
+    groups = read_checkpoint(two_epochs)["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["momentum"]) for group in groups] == [(0.5, 0.5)] * 2
 
 
 def test_a_resume_takes_mean_and_deviation_from_the_checkpoint(two_epochs, few, monkeypatch):
