@@ -57,6 +57,11 @@ def tiny(build_backbone=builder.build_backbone):
 builder.build_backbone = tiny()
 
 
+def pytest_collection_modifyitems(items):
+    """The two longest files first: a process has a file after another."""
+    items.sort(key=lambda item: item.path.stem not in ("test_survival", "test_on_gpu"))
+
+
 # ------------------------------------------------------------------------------------- processes
 
 
