@@ -113,9 +113,9 @@ def flags(**weights):
     return [part for name, weight in weights.items() for part in (f"--{name}", f"{weight:g}")]
 
 
-MOCO = flags(proto=0, align=0, uniform=0, corr=0)
-MOCO_UNIFORM = flags(proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
-PCL = flags(align=0, uniform=0, corr=0)
+MOCO = flags(heads=1, proto=0, align=0, uniform=0, corr=0)
+MOCO_UNIFORM = flags(heads=1, proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
+PCL = flags(heads=1, align=0, uniform=0, corr=0)
 PROTOTYPES = "5", "10", "100", "400", "1000"  # on the hierarchy
 
 
@@ -152,7 +152,7 @@ def methods(sizes, moco=()):
         "MoCo": ([*moco, *MOCO], None, []),
         plain: ([*moco, *MOCO_UNIFORM], None, ["MoCo"]),
         strong: ([*moco, *MOCO_UNIFORM, *hard], None, ["MoCo", plain]),
-        pcl: ([*more, *one, *PCL], None, ["MoCo"]),
+        pcl: ([*more, *PCL], None, ["MoCo"]),
         own: ([*more, *one], None, ["MoCo", plain, pcl]),
         f"PAUC, one head, uniformity 1{P}": ([*more, *one, *hard], None, [strong, pcl, own]),
         f"PAUC, two heads{P}": ([*more, *two], None, ["MoCo", plain, pcl, own]),
