@@ -60,7 +60,8 @@ SMALL = dict(name="ResNet-18 32 px", arch="resnet18", size=32, images=50_000,
 TINY = SMALL | dict(name="shufflenet 32 px", arch="shufflenet_v2_x0_5", images=500,
                     prototypes=(10, 20, 40), queue=64, negatives=8)
 PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5")
-PCL_LOSS = ("--align", "0", "--uniform", "0", "--corr", "0")
+ONE_HEAD = "--heads", "1"
+PCL_LOSS = (*ONE_HEAD, "--align", "0", "--uniform", "0", "--corr", "0")
 OTHER_IMAGE = -2  # than any of a batch: what a full queue is of
 SHORT, LONGEST = 10, 8  # kernels of a profile: microseconds, and how many are named
 
@@ -204,13 +205,15 @@ def title(case, batch):
 
 
 def variants(case, options, **values):
-    """The three methods' arguments and clusterings."""
-    args, pcl = (settings(options, *flags, case=case, **values) for flags in ((), PCL_LOSS))
+    """The methods' arguments and clusterings."""
+    args, one, pcl = (settings(options, *flags, case=case, **values)
+                      for flags in ((), ONE_HEAD, PCL_LOSS))
     clusterings = [losses.Clustering(
         torch.randint(size, (case["images"],)),
         F.normalize(torch.randn(size, DIM, device=options.device), dim=1),
         0.1 + 0.2 * torch.rand(size, device=options.device)) for size in case["prototypes"]]
-    return {"MoCo": (args, []), "PCL": (pcl, clusterings), "PAUC": (args, clusterings)}
+    return {"MoCo": (one, []), "PCL": (pcl, clusterings), "PAUC, one head": (one, clusterings),
+            "PAUC": (args, clusterings)}
 
 
 def one_step(ddp, optimizer, feed, index):
@@ -233,29 +236,34 @@ def sgd(model, args, foreach=None):
 
 
 def step_functions(case, batch, methods, options, feed=None):
-    """The floor, and a training step of each variant, on one model and one batch, or on what `feed`
-    gives."""
-    device, size, args = options.device, case["size"], settings(options, case=case)
-    model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m, small_images=size < 64)
-    model.to(device, memory_format=torch.channels_last).train()
-    model.queue.copy_(F.normalize(torch.randn_like(model.queue), dim=0))
-    model.queue_index.fill_(OTHER_IMAGE)
-    ddp = DistributedDataParallel(model)
-    ddp.broadcast_buffers = ddp.forward_sync_buffers = False
-    optimizer, gradient = sgd(model, args), torch.randn(batch, DIM, device=device)
+    """The floor, and a training step of each variant, on a model of as many heads and one batch, or
+    on what `feed` gives."""
+    device, size = options.device, case["size"]
     views = torch.randn(2 * batch, 3, size, size, device=device)
     im_q, im_k = views.contiguous(memory_format=torch.channels_last).chunk(2)
-    step = one_step(ddp, optimizer, feed or (lambda: (im_q, im_k)),
-                    torch.randperm(case["images"])[:batch])
+    index, steps = torch.randperm(case["images"])[:batch], {}
+    for args, _ in methods.values():
+        if args.heads not in steps:
+            model = builder.MoCo(case["arch"], DIM, case["queue"], args.moco_m,
+                                 small_images=size < 64, heads=args.heads)
+            model.to(device, memory_format=torch.channels_last).train()
+            model.queue.copy_(F.normalize(torch.randn_like(model.queue), dim=0))
+            model.queue_index.fill_(OTHER_IMAGE)
+            ddp = DistributedDataParallel(model)
+            ddp.broadcast_buffers = ddp.forward_sync_buffers = False
+            optimizer = sgd(model, args)
+            steps[args.heads] = one_step(ddp, optimizer, feed or (lambda: (im_q, im_k)), index)
+    gradient = torch.randn(batch, args.heads * DIM, device=device)
 
-    def floor():
+    def floor():  # of the last model
         optimizer.zero_grad()
         with pretrain.autocast(args):
             q = model.encoder_q(im_q)
             with torch.no_grad():
                 model.encoder_k(im_k)
-        q.backward(gradient.to(q.dtype))
-    return {"floor": floor} | {name: lambda x=x: step(*x) for name, x in methods.items()}
+        q.backward(gradient.view_as(q).to(q.dtype))
+    return {"floor": floor} | {name: lambda x=x: steps[x[0].heads](*x)
+                               for name, x in methods.items()}
 
 
 def speeds(functions, batch, seconds, options):
@@ -673,7 +681,8 @@ def count(case, batch, args, clusterings):
     """GFlop of a step's matrix products and convolutions, kernels, and MB at most."""
     index = torch.randperm(case["images"])[:batch]
     with torch.device("meta"):
-        model = builder.MoCo(case["arch"], DIM, case["queue"], small_images=case["size"] < 64)
+        model = builder.MoCo(case["arch"], DIM, case["queue"], small_images=case["size"] < 64,
+                             heads=args.heads)
     exchanged = mock.Mock(return_value=(dict(loss=0), 0))
     with Counter() as counter, mock.patch.object(pretrain, "exchange", exchanged), \
             mock.patch.object(builder, "gather", torch.clone):

@@ -114,7 +114,7 @@ def flags(**weights):
 
 
 MOCO = flags(heads=1, proto=0, align=0, uniform=0, corr=0)
-MOCO_UNIFORM = flags(heads=1, proto=0, align=0, corr=0)  # the uniformity of images, and no prototypes
+MOCO_UNIFORM = flags(heads=1, proto=0, align=0, corr=0)  # the control
 PCL = flags(heads=1, align=0, uniform=0, corr=0)
 PROTOTYPES = "5", "10", "100", "400", "1000"  # on the hierarchy
 
