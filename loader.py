@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean, deviation
 STATISTICS_IMAGES = 10_000  # at most, evenly spread
+RESIZED = 256 / 224  # of an evaluated crop's size: the image's shorter side
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
 TRIES = 10  # at a random crop that fits into the image
@@ -167,8 +168,8 @@ class Files:
         return torch.stack(crops).unflatten(0, (len(index), -1))
 
     def centre_crops(self, size, index):
-        images = (self.read(i, whole, shorter_side(size))[0] for i in index)
-        return torch.stack([centre_crop(image, size) for image in images])
+        resized = size * RESIZED
+        return torch.stack([centre_crop(self.read(i, whole, resized)[0], size) for i in index])
 
     def each(self, function, items, workers):
         # Below a spawned process workers would be spawned too, and import torch anew for every
@@ -342,25 +343,22 @@ def read_image(path, boxes_of=whole, size=math.inf):
         with open(path, "rb") as file, Image.open(file) as image:
             if image.format not in ("JPEG", "MPO"):
                 image.load()  # their EXIF data may come last
-            width, height = image.size
-            boxes = boxes_of(*((width, height) if _is_on_its_side(image) else (height, width)))
+            (width, height), turned = image.size, None
+            with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
+                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+            boxes = boxes_of(*((width, height) if turned else (height, width)))
             most = boxes[:, 2:].min().item() / (ENOUGH * size)
             part = max(x for x in (1, 2, 4) if x == 1 or x <= most and not (
                 width % x or height % x))  # no part of a pixel at the edge
             if part > 1 and image.draft(None, (width // part, height // part)):
                 boxes /= part
             image.load()
-            with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
+            with suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
             return functional.pil_to_tensor(to_rgb(image)), boxes
     except Exception as error:  # and on a broken file
         raise UsageError(shown(f"{path}: cannot be read as an image ({error}); replace, convert or "
                                f"remove it")) from None
-
-
-def _is_on_its_side(image):
-    with suppress(Exception):  # as above
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
 
 
 def to_rgb(image):
@@ -421,24 +419,19 @@ def resample(images, boxes, size):
 def resized_crop(image, top, left, height, width, size):
     """RandomResizedCrop's view (3, size, size) uint8 of image (3, H, W) uint8; by Pillow, which is
     slower, where the box has parts of pixels."""
-    box = top, left, height, width
-    if all(map(float.is_integer, box)):
-        return functional.resized_crop(image, *map(int, box), [size] * 2, antialias=True)
+    if not any(x % 1 for x in (top, left, height, width)):
+        box = int(top), int(left), int(height), int(width)
+        return functional.resized_crop(image, *box, [size] * 2, antialias=True)
     box = left, top, left + width, top + height
     view = functional.to_pil_image(image).resize((size, size), Image.Resampling.BILINEAR, box)
     return functional.pil_to_tensor(view)
 
 
 def centre_crop(x, size):
-    """The centre of images (..., H, W) uint8 as torchvision's Resize and CenterCrop take it."""
-    resized = functional.resize(x, [shorter_side(size)], antialias=True)
-    return functional.center_crop(resized, size)
-
-
-def shorter_side(size):
-    """To what an image's shorter side is resized before its centre is cut: 256/224 of `size`, or
-    `size` itself if that is small."""
-    return size * 256 // 224 if size >= SMALL_CROP else size
+    """The centre of images (..., H, W) uint8 as torchvision's Resize and CenterCrop take it: their
+    shorter side resized to RESIZED of `size`, or to `size` itself if that is small."""
+    resized = int(size * RESIZED) if size >= SMALL_CROP else size
+    return functional.center_crop(functional.resize(x, [resized], antialias=True), size)
 
 
 # ------------------------------------------------------------------------------------ augmentation

@@ -503,7 +503,7 @@ def reading(case, root, paths, options, size=224):
         old.loader.exec_module(module)
         files = module.load("folder", root)[0]
         crops = module.RandomCrops(files, size, 0, 2, 0.2)
-        centres = module.CentreCrops(files, size, loader.shorter_side(size))
+        centres = module.CentreCrops(files, size, int(size * loader.RESIZED))
         functions |= {
             "old worker": lambda epoch=epochs: torch.stack(
                 [crops[next(epoch), i] for i in range(number)]),

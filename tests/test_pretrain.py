@@ -490,7 +490,7 @@ def test_the_defaults_of_a_data_set_of_60000_images(group):
     assert {name: getattr(args, name) for name in WEIGHTS} == WEIGHTS
     assert (args.batch_size, args.queue_size) == (256, 15_000)
     assert args.num_clusters == [1200, 2400, 5000]
-    assert (args.warmup_epochs, args.epochs) == (20, 200)
+    assert (args.warmup_epochs, args.epochs, args.heads, args.cluster_every) == (20, 200, 2, 1)
 
 
 def test_mocos_and_pcls_flag_names_are_aliases():
