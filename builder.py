@@ -144,9 +144,10 @@ def load_backbone(encoder, checkpoint, path, arch):
     if not all(x.isfinite().all() for x in found.values()):
         raise UsageError(f"{path}: its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)
-    average = next((x for x in prefixes if "ema" in x and "ema" not in prefix), None)
-    more = f" (an average is there too, {average}*: to take it, save it alone)" if average else ""
-    return f"{prefix}*{more}"
+    averages = [x for x in prefixes if "ema" in x and all(x + name in state for name in wanted)]
+    if not averages or prefix in averages:
+        return f"{prefix}*"
+    return f"{prefix}* (an average is there too, {averages[0]}*: to take it, save it alone)"
 
 
 # ------------------------------------------------------------------------------------------- MoCo

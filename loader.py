@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -338,25 +338,34 @@ def read_image(path, boxes_of=whole, size=math.inf):
     boxes_of(height, width) in it: (n, 4), which are to be resized to `size`. Where they have ENOUGH
     pixels for that, a JPEG is read at 1/2 or 1/4, for which libjpeg takes means at little cost, and
     the boxes are in its pixels then. (At 1/8 views are off by more than 2 of 255 on average.)"""
-    try:
-        # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
-        with open(path, "rb") as file, Image.open(file) as image:
+    with ExitStack() as opened:
+        with _named(path):
+            # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
+            file = opened.enter_context(open(path, "rb"))
+            image = opened.enter_context(Image.open(file))
             if image.format not in ("JPEG", "MPO"):
                 image.load()  # their EXIF data may come last
-            (width, height), turned = image.size, None
-            with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
-                turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-            boxes = boxes_of(*((width, height) if turned else (height, width)))
-            most = boxes[:, 2:].min().item() / (ENOUGH * size)
-            part = max(x for x in (1, 2, 4) if x == 1 or x <= most and not (
-                width % x or height % x))  # no part of a pixel at the edge
+        (width, height), turned = image.size, None
+        with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
+            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        boxes = boxes_of(*((width, height) if turned else (height, width)))
+        most = boxes[:, 2:].min().item() / (ENOUGH * size)
+        part = max(x for x in (1, 2, 4) if x == 1 or x <= most and not (
+            width % x or height % x))  # no part of a pixel at the edge
+        with _named(path):
             if part > 1 and image.draft(None, (width // part, height // part)):
                 boxes /= part
             image.load()
             with suppress(Exception):
                 ImageOps.exif_transpose(image, in_place=True)
             return functional.pil_to_tensor(to_rgb(image)), boxes
-    except Exception as error:  # and on a broken file
+
+
+@contextmanager
+def _named(path):
+    try:
+        yield
+    except Exception as error:  # Pillow raises nearly anything on a broken file
         raise UsageError(shown(f"{path}: cannot be read as an image ({error}); replace, convert or "
                                f"remove it")) from None
 
@@ -422,8 +431,10 @@ def resized_crop(image, top, left, height, width, size):
     if not any(x % 1 for x in (top, left, height, width)):
         box = int(top), int(left), int(height), int(width)
         return functional.resized_crop(image, *box, [size] * 2, antialias=True)
-    box = left, top, left + width, top + height
-    view = functional.to_pil_image(image).resize((size, size), Image.Resampling.BILINEAR, box)
+    y, x = int(top), int(left)  # of the pixels that the box touches, as Pillow looks beyond it
+    cut = image[:, y:math.ceil(top + height), x:math.ceil(left + width)]
+    box = left - x, top - y, left - x + width, top - y + height
+    view = functional.to_pil_image(cut).resize((size, size), Image.Resampling.BILINEAR, box)
     return functional.pil_to_tensor(view)
 
 

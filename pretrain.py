@@ -69,7 +69,7 @@ FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "b
 # What a line on the terminal shows; a mean over the clusterings where they have a figure each.
 TERMINAL = dict(loss="loss", acc="acc", acc_ins="acc", lr="lr", images_per_s="images/s", knn="kNN",
                 top1="top-1", top5="top-5", best="best", diversity="diversity",
-                effective_rank="rank", seconds="seconds")
+                proto_diversity="of prototypes", effective_rank="rank", seconds="seconds")
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -105,7 +105,8 @@ def parse_args(argv=None):
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
     add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
         help="prototypes of each clustering; 0: MoCo (default: 50, 25, 12 images a prototype)")
-    add("--cluster-every", type=positive(int), default=1, metavar="EPOCHS", help="of the E-step")
+    add("--cluster-every", type=positive(int), default=1, metavar="EPOCHS",
+        help="epochs that clusters are kept for")
     add("--num-negatives", "--pcl-r", type=natural, default=16384, help="of ProtoNCE")
     add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
@@ -211,7 +212,7 @@ def main_worker(args):
                 figures["knn"] = monitor(backbone, train, val, args)
             line = log.report(figures | dict(seconds=time.perf_counter() - start), run, args)
             run.update(epoch=done, step=0, figures={})
-            if (done - args.warmup_epochs) % args.cluster_every == 0:
+            if done < args.warmup_epochs or (done - args.warmup_epochs) % args.cluster_every == 0:
                 run["clusterings"] = []
             if args.keep_every and done % args.keep_every == 0:
                 save_run(f"checkpoint_{done:04d}.pth")

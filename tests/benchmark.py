@@ -13,7 +13,8 @@ Prints one table and writes it as JSON. What is compared alternates within one r
 a figure is the median of the rounds, a ratio the median of the rounds' ratios; k-means runs once. A
 step is the momentum update, keys, queries, loss, backward, optimizer and enqueue; the floor is the
 two encoders' forward and the query encoder's backward alone. Memory is what is allocated on the
-GPU; on the CPU the process's resident memory, with all that was there before the step.
+GPU, of the models with one and with two heads where both are measured; on the CPU the process's
+resident memory, with all that was there before the step.
 """
 import argparse
 import gc
@@ -62,6 +63,7 @@ TINY = SMALL | dict(name="shufflenet 32 px", arch="shufflenet_v2_x0_5", images=5
 PCL_KMEANS = ("--kmeans-iters", "20", "--kmeans-restarts", "5")
 ONE_HEAD = "--heads", "1"
 PCL_LOSS = (*ONE_HEAD, "--align", "0", "--uniform", "0", "--corr", "0")
+VARIANTS = "MoCo", "PCL", "PAUC, one head", "PAUC"
 OTHER_IMAGE = -2  # than any of a batch: what a full queue is of
 SHORT, LONGEST = 10, 8  # kernels of a profile: microseconds, and how many are named
 
@@ -212,8 +214,8 @@ def variants(case, options, **values):
         torch.randint(size, (case["images"],)),
         F.normalize(torch.randn(size, DIM, device=options.device), dim=1),
         0.1 + 0.2 * torch.rand(size, device=options.device)) for size in case["prototypes"]]
-    return {"MoCo": (one, []), "PCL": (pcl, clusterings), "PAUC, one head": (one, clusterings),
-            "PAUC": (args, clusterings)}
+    return dict(zip(VARIANTS, [(one, []), (pcl, clusterings), (one, clusterings),
+                               (args, clusterings)]))
 
 
 def one_step(ddp, optimizer, feed, index):
@@ -255,7 +257,7 @@ def step_functions(case, batch, methods, options, feed=None):
             steps[args.heads] = one_step(ddp, optimizer, feed or (lambda: (im_q, im_k)), index)
     gradient = torch.randn(batch, args.heads * DIM, device=device)
 
-    def floor():  # of the last model
+    def floor():  # with two heads
         optimizer.zero_grad()
         with pretrain.autocast(args):
             q = model.encoder_q(im_q)
@@ -295,7 +297,7 @@ def training_step(options):
     for case, batch in cases(options):
         name = title(case, batch)
         if case is LARGE and not options.cuda:
-            for variant, unit in itertools.product(("floor", "MoCo", "PCL", "PAUC"),
+            for variant, unit in itertools.product(("floor", *VARIANTS),
                                                    ("images/s", "MB at peak")):
                 yield name, variant, None, unit
             continue
@@ -505,8 +507,8 @@ def reading(case, root, paths, options, size=224):
         crops = module.RandomCrops(files, size, 0, 2, 0.2)
         centres = module.CentreCrops(files, size, int(size * loader.RESIZED))
         functions |= {
-            "old worker": lambda epoch=epochs: torch.stack(
-                [crops[next(epoch), i] for i in range(number)]),
+            "old worker": lambda: torch.stack(
+                [crops[next(epochs), i] for i in range(number)]),
             "old centres": lambda: torch.stack([centres[i][0] for i in range(number)])}
     torch.set_num_threads(1)
     times = alternate(functions, options, 40, rounds=5)

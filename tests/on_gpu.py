@@ -9,7 +9,7 @@ Needed are a GPU, requirements.txt (faiss-cpu will do) and no network.
 IMAGES holds cifar10/train/CLASS/* and cifar10/val/CLASS/*, the archive train and test. A stage is a
 process, and ends with all that it has led to when its time is over. Figures and ends of stages go
 to DIR/results.jsonl at once, what they print to DIR/STAGE.log, their runs' logs to DIR/runs.jsonl,
-the study to DIR/study (3 GB). The next call with this DIR skips what is done.
+the study to DIR/study (3 GB). The next call with this DIR skips what is done, and goes on.
 """
 import argparse
 import json
@@ -117,9 +117,11 @@ def cifar10(work, args):
     """The study's methods on a part of the images, three seeds, as many runs as there is time for,
     one seed after another. Its folder is in DIR, where it goes on."""
     flags = ["--quick", "--grid", "main", *args.device] if args.quick else [
-        "--data", images(work, args), *CIFAR10]
+        "--data", images(args), *CIFAR10]
     process = start("tests/study.py", *flags, "--test", "--output", args.output / "study")
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(args.seconds - 15)
+    process.terminate()  # its runs are saved
     for run in read(args.output / "study" / "images.jsonl"):
         yield f"{run['name']}, seed {run['seed']}", {
             name: value for name, value in run.items() if name not in ("argv", "curve")}
@@ -130,13 +132,15 @@ STAGES = dict(smoke=(90, smoke), tests=(90, gpu_tests), step=(90, step),  # seco
               augmentation=(40, augmentation), cifar10=(float("inf"), cifar10))
 
 
-def images(work, args):
+def images(args):
     if args.data.is_dir():
         return args.data.resolve() / "cifar10"
-    (work / "images").mkdir(parents=True)
-    tar = lzma.open(args.data).read()
-    subprocess.run(["tar", "-x", "-C", work / "images"], input=tar, check=True)
-    return (work / "images" / "test").rename(work / "images" / "val").parent
+    folder = args.output / "images"  # the same for the next call: the study looks at it
+    if not (folder / "val").exists():
+        folder.mkdir(exist_ok=True)
+        subprocess.run(["tar", "-x", "-C", folder], input=lzma.open(args.data).read(), check=True)
+        (folder / "test").rename(folder / "val")
+    return folder
 
 
 def start(*argv):

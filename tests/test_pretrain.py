@@ -365,7 +365,7 @@ def test_a_resume_takes_mean_and_deviation_from_the_checkpoint(two_epochs, few, 
 
 
 def test_a_prototype_head_is_new_when_the_warm_up_ends_and_a_resume_there_is_exact(few, tmp_path):
-    flags = [*few, "--heads", 2, "--epochs", 2, "--wd", 0.1, "--keep-every", 1, "--knn-every", 0]
+    flags = [*few, "--epochs", 2, "--wd", 0.1, "--keep-every", 1, "--knn-every", 0]
     here(pretrain.main, *flags, "--output", tmp_path / "run")
     first, last = (pretrain.load(tmp_path / "run" / f"checkpoint_000{i}.pth") for i in (1, 2))
     args = first["args"]
@@ -385,8 +385,9 @@ def test_a_prototype_head_is_new_when_the_warm_up_ends_and_a_resume_there_is_exa
          "cpu", "--output", tmp_path / "out")
 
 
-def test_clusters_of_every_second_epoch_stay_for_the_next_also_over_a_resume(few, tmp_path):
-    flags = [*few, "--epochs", 4, "--warmup-epochs", 1, "--cluster-every", 2, "--keep-every", 1,
+@pytest.mark.parametrize("heads", [1, 2])
+def test_clusters_of_every_second_epoch_stay_for_another_over_a_resume_too(heads, few, tmp_path):
+    flags = [*few, "--heads", heads, "--epochs", 4, "--warmup-epochs", 1, "--cluster-every", 2, "--keep-every", 1,
              "--knn-every", 0]
     here(pretrain.main, *flags, "--output", tmp_path / "run")
     assert ["diversity" in line for line in read_log(tmp_path / "run") if "seconds" in line] == [
