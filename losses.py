@@ -5,9 +5,9 @@
 `info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published: its
 three terms are this project's third reading of the abstract. The first, all of them on the batch's
 mean of each prototype, brings about the coagulation that they are to cure; in the second, which is
-that of one head, one embedding is to gather images and to spread them. The third has two levels,
-each with its head: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment and
-correlation on x, y. With one head x is q and y is k.
+that of one head, one embedding is to gather images and to spread them. The third, the default, has
+two levels, each with its head: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment
+and correlation on x, y. With one head x is q and y is k.
 
 N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J of
 them in the batch. Losses are 0-dim and keep their input's dtype and device; call them in float32 or
