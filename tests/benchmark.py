@@ -5,7 +5,7 @@ and PCL.
     python tests/benchmark.py --device cpu --only c d --output cpu.json
     python tests/benchmark.py --count               # counted instead of measured, on any machine
     git worktree add /tmp/old d33f62a
-    python tests/benchmark.py --device cpu --only c --old /tmp/old    # reading, beside that build
+    python tests/benchmark.py --device cpu --only c e --old /tmp/old  # reading, and the first run
     python tests/benchmark.py --profile trace.json  # 30 steps, for chrome://tracing
     python tests/benchmark.py --quick               # tiny sizes: does it run?
 
@@ -26,6 +26,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -518,6 +519,29 @@ def reading(case, root, paths, options, size=224):
         of = f"old {name}" if f"old {name}" in times else "PIL pipeline of MoCo v2"
         compared = () if "centres" in name and not options.old else (ratio(times, of, name), of)
         yield case, name, number / statistics.median(times[name]), unit, *compared
+    for every in 1, 2, 4:  # where reading is the limit
+        longer = 1 + ratio(times, "centres", "worker") / every
+        yield case, f"an epoch of PAUC, --cluster-every {every}", longer, "of MoCo's"
+
+
+def first_run(options):
+    """The README's two commands, as they stand, in this checkout and in the older one."""
+    small = ("--epochs", "1") if options.quick else ()
+    seconds = {}
+    for name, folder in (("old ", options.old), ("", Path(__file__).parent.parent)):
+        with tempfile.TemporaryDirectory() as output:
+            source = ["--pretrained", f"{output}/checkpoint.pth"]
+            for script, *more in (["pretrain.py", "--output", output], ["lincls.py", *source]):
+                start = time.perf_counter()
+                if folder:
+                    subprocess.run([sys.executable, script, *more, *small], check=True, cwd=folder,
+                                   stdout=subprocess.DEVNULL)
+                seconds[name + script] = time.perf_counter() - start
+    for name, value in seconds.items():
+        if options.old or "old" not in name:
+            of = (value / seconds[f"old {name}"], f"old {name}") if options.old and (
+                "old" not in name) else ()
+            yield "digits", name, value, "s", *of
 
 
 def views_of(case, batch, options):
@@ -715,7 +739,7 @@ def counted(options):
             yield title(case, batch), name, value, unit, value / base, "MoCo"
 
 
-PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, f=counted)
+PARTS = dict(a=training_step, b=loss_part, c=augmentation, d=e_step, e=first_run, f=counted)
 
 if __name__ == "__main__":
     main()
