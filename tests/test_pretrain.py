@@ -387,8 +387,8 @@ def test_a_prototype_head_is_new_when_the_warm_up_ends_and_a_resume_there_is_exa
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_clusters_of_every_second_epoch_stay_for_another_also_resumed(heads, few, tmp_path):
-    flags = [*few, "--heads", heads, "--epochs", 4, "--warmup-epochs", 1, "--cluster-every", 2, "--keep-every", 1,
-             "--knn-every", 0]
+    flags = [*few, "--heads", heads, "--epochs", 4, "--warmup-epochs", 1, "--cluster-every", 2,
+             "--keep-every", 1, "--knn-every", 0]
     here(pretrain.main, *flags, "--output", tmp_path / "run")
     assert ["diversity" in line for line in read_log(tmp_path / "run") if "seconds" in line] == [
         False, True, False, True]
