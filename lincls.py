@@ -215,14 +215,13 @@ def train_net(net, train, labelled, val, args):
     modules = [fc, backbone] if args.finetune else [fc]
     groups = [dict(params=module.parameters()) for module in modules]
     optimizer = torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.wd)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.finetune and args.amp == "fp16")
     augment = loader.Augment("crop", args.crop_size, args.statistics, args.flip)
     views = loader.Views(train, labelled, args.batch_size, augment, args.seed, 1, args.min_scale,
                          args.workers, dist.get_rank(), dist.get_world_size())
     run = dict(epoch=0, step=0, steps=len(views), best=0.0, loss=math.nan)
     if checkpoint:
         pretrain.check_resume(args, checkpoint, digest, train.digest_of, FIXED)
-        pretrain.restore(checkpoint, run, net, optimizer, scaler, args)
+        pretrain.restore(checkpoint, run, net, optimizer, args)
         if not args.finetune and moved(before, backbone):
             raise UsageError("--pretrained: is not the backbone that this probe was begun on")
     del checkpoint
@@ -231,13 +230,12 @@ def train_net(net, train, labelled, val, args):
     trained = pretrain.distributed(backbone) if args.finetune else backbone
 
     def save_run():
-        pretrain.save_checkpoint(args.output / "checkpoint.pth", args, run, net, optimizer, scaler,
-                                 log, digest=digest, classes=train.classes)
+        pretrain.save_checkpoint(args.output / "checkpoint.pth", args, run, net, optimizer,
+                                 digest=digest, classes=train.classes)
 
     with pretrain.signals() as caught:
         while run["epoch"] < args.epochs:
-            train_epoch(trained, trained_fc, optimizer, scaler, views, run, args, log, caught,
-                        save_run)
+            train_epoch(trained, trained_fc, optimizer, views, run, args, log, caught, save_run)
             if not args.finetune and moved(before, backbone):
                 raise RuntimeError(f"the frozen backbone moved: {moved(before, backbone)[0]}")
             figures = validate(net, val, args)
@@ -253,7 +251,7 @@ def train_net(net, train, labelled, val, args):
     log.close()
 
 
-def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, save_run):
+def train_epoch(backbone, fc, optimizer, views, run, args, log, caught, save_run):
     """The rest of the run's epoch. A frozen backbone stays in eval mode, a function of the image
     alone: BN in train mode would take the batch's statistics, and move its running ones."""
     backbone.train(args.finetune)
@@ -271,9 +269,8 @@ def train_epoch(backbone, fc, optimizer, scaler, views, run, args, log, caught, 
         accuracy = (logits.argmax(1) == label).float().mean()
         report, number = pretrain.exchange(loss, dict(acc=accuracy), run, caught)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        loss.backward()
+        optimizer.step()
         pretrain.end_step(report | dict(lr=args.lr * left), number, run, args, log, save_run)
 
 

@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
@@ -35,9 +35,8 @@ RESIZED = 256 / 224  # of an evaluated crop's size: the image's shorter side
 SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
 TRIES = 10  # at a random crop that fits into the image
-ENOUGH = 1.5  # pixels of a shrunk JPEG for each of a view's, along either side
+ENOUGH = 1.4  # pixels of a shrunk JPEG for each of a view's, along its shorter side
 MEMORY = 2 ** 30  # bytes: a folder whose small images take no more is held in memory
-COMPARED = 1000  # of val's files that are looked for among train's
 CHUNK_PIXELS = 2 ** 16  # augmented at once on the CPU, to stay in its cache
 
 
@@ -115,16 +114,6 @@ class Arrays:
         """function(item) of each item, one after another."""
         return map(function, items)
 
-    def among(self, train):
-        """How many of these images are training images too, and of how many."""
-        known = {image.numpy().tobytes() for image in train.images}
-        return sum(image.numpy().tobytes() in known for image in self.images), len(self)
-
-
-def whole(height, width):
-    """The box (1, 4) of all of an image."""
-    return torch.tensor([[0.0, 0.0, height, width]])
-
 
 class Files:
     """A data set of image files below `root`, by relative name, of whose names `digest` tells."""
@@ -143,14 +132,11 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, i):
-        return self.read(i)[0]  # 3xHxW uint8
+        return self.read(i)
 
-    def read(self, i, boxes_of=whole, size=math.inf):
-        """As read_image does."""
-        return read_image(self.path(i), boxes_of, size)
-
-    def path(self, i):
-        return os.path.join(self.root, os.fsdecode(self.paths[i]))
+    def read(self, i, least=math.inf):
+        """Image i as (3, H, W) uint8, of whose size pixels of `least` a side are enough."""
+        return read_image(os.path.join(self.root, os.fsdecode(self.paths[i])), least)
 
     @property
     def names(self):
@@ -161,15 +147,16 @@ class Files:
 
     def random_crops(self, index, u, size, min_scale):
         """As Arrays': (n, V, 3, S, S) uint8, on the CPU."""
-        crops = []
+        least, crops = ENOUGH * size / math.sqrt(min_scale), []
         for i, draws in zip(index.tolist(), u):
-            image, boxes = self.read(i, partial(random_boxes, draws, min_scale=min_scale), size)
-            crops += [resized_crop(image, *box, size) for box in boxes.tolist()]
+            image = self.read(i, least)
+            for box in random_boxes(draws, *image.shape[1:], min_scale).int().tolist():
+                crops.append(functional.resized_crop(image, *box, [size] * 2, antialias=True))
         return torch.stack(crops).unflatten(0, (len(index), -1))
 
     def centre_crops(self, size, index):
-        resized = size * RESIZED
-        return torch.stack([centre_crop(self.read(i, whole, resized)[0], size) for i in index])
+        least = ENOUGH * size * RESIZED
+        return torch.stack([centre_crop(self.read(i, least), size) for i in index])
 
     def each(self, function, items, workers):
         # Below a spawned process workers would be spawned too, and import torch anew for every
@@ -178,13 +165,6 @@ class Files:
         return DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
                           pin_memory=self.device.type == "cuda", multiprocessing_context=context,
                           worker_init_fn=_leave_signals_to_the_parent)
-
-    def among(self, train):
-        """How many of some of these files are training files too, and of how many."""
-        looked = np.linspace(0, len(self) - 1, min(len(self), COMPARED)).astype(int)
-        pairs = [(path, os.path.join(train.root, "train", os.path.relpath(
-            path, os.path.join(self.root, "val")))) for path in map(self.path, looked)]
-        return sum(os.path.exists(b) and os.path.samefile(a, b) for a, b in pairs), len(pairs)
 
 
 def _leave_signals_to_the_parent(_):
@@ -333,39 +313,23 @@ def _chosen(path, train, known):
     return keep
 
 
-def read_image(path, boxes_of=whole, size=math.inf):
-    """An image file as (3, H, W) uint8: what Pillow opens, upright, over white, in 8-bit RGB; and
-    boxes_of(height, width) in it: (n, 4), which are to be resized to `size`. Where they have ENOUGH
-    pixels for that, a JPEG is read at 1/2 or 1/4, for which libjpeg takes means at little cost, and
-    the boxes are in its pixels then. (At 1/8 views are off by more than 2 of 255 on average.)"""
-    with ExitStack() as opened:
-        with _named(path):
-            # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
-            file = opened.enter_context(open(path, "rb"))
-            image = opened.enter_context(Image.open(file))
-            if image.format not in ("JPEG", "MPO"):
-                image.load()  # their EXIF data may come last
-        (width, height), turned = image.size, None
-        with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
-            turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-        boxes = boxes_of(*((width, height) if turned else (height, width)))
-        most = boxes[:, 2:].min().item() / (ENOUGH * size)
-        part = max(x for x in (1, 2, 4) if x == 1 or x <= most and not (
-            width % x or height % x))  # no part of a pixel at the edge
-        with _named(path):
-            if part > 1 and image.draft(None, (width // part, height // part)):
-                boxes /= part
-            image.load()
-            with suppress(Exception):
-                ImageOps.exif_transpose(image, in_place=True)
-            return functional.pil_to_tensor(to_rgb(image)), boxes
-
-
-@contextmanager
-def _named(path):
+def read_image(path, least=math.inf):
+    """An image file as (3, H, W) uint8: what Pillow opens, upright, over white, in 8-bit RGB. A
+    JPEG whose shorter side keeps `least` pixels then is read at 1/2 or 1/4, for which libjpeg takes
+    means at little cost. (At 1/8 views are off by more than 2 of 255 on average.)"""
     try:
-        yield
-    except Exception as error:  # Pillow raises nearly anything on a broken file
+        # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
+        with open(path, "rb") as file, Image.open(file) as image:
+            for part in 4, 2:
+                width, height = (side // part for side in image.size)
+                even = (width * part, height * part) == image.size  # no part of a pixel at the edge
+                if even and min(width, height) >= least and image.draft(None, (width, height)):
+                    break
+            image.load()
+            with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken
+                ImageOps.exif_transpose(image, in_place=True)
+            return functional.pil_to_tensor(to_rgb(image))
+    except Exception as error:  # and on a broken file
         raise UsageError(shown(f"{path}: cannot be read as an image ({error}); replace, convert or "
                                f"remove it")) from None
 
@@ -423,19 +387,6 @@ def resample(images, boxes, size):
     rows, columns = weights(top, height, images.shape[2]), weights(left, width, images.shape[3])
     crops = rows[:, None] @ (images.float() / 255) @ columns[:, None].mT
     return crops.expand(-1, 3, -1, -1)
-
-
-def resized_crop(image, top, left, height, width, size):
-    """RandomResizedCrop's view (3, size, size) uint8 of image (3, H, W) uint8; by Pillow, which is
-    slower, where the box has parts of pixels."""
-    if not any(x % 1 for x in (top, left, height, width)):
-        box = int(top), int(left), int(height), int(width)
-        return functional.resized_crop(image, *box, [size] * 2, antialias=True)
-    y, x = int(top), int(left)  # of the pixels that the box touches, as Pillow looks beyond it
-    cut = image[:, y:math.ceil(top + height), x:math.ceil(left + width)]
-    box = left - x, top - y, left - x + width, top - y + height
-    view = functional.to_pil_image(cut).resize((size, size), Image.Resampling.BILINEAR, box)
-    return functional.pil_to_tensor(view)
 
 
 def centre_crop(x, size):

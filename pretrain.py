@@ -15,7 +15,6 @@ import io
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
@@ -148,7 +147,7 @@ def add_common(add):
     add("--wd", "--weight-decay", type=natural_float)
     add("--seed", type=natural, default=0)
     add("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    add("--amp", choices=("auto", "bf16", "fp16", "off"), default="auto")
+    add("--amp", choices=("auto", "bf16", "off"), default="auto")
     add("-j", "--workers", type=natural, help="data workers of each process")
     add("--nproc", type=positive(int), help="processes (default: one on every GPU)")
     add("--resume", metavar="PATH", help="a checkpoint to go on from; auto: OUTPUT's, if any")
@@ -176,7 +175,6 @@ def main_worker(args):
     backbone = builder.backbone_of(model.encoder_q)
     optimizer = torch.optim.SGD(model.parameter_groups(), args.lr, momentum=args.momentum,
                                 weight_decay=args.wd)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.amp == "fp16")
     augment = loader.Augment(args.aug, args.crop_size, args.statistics, args.flip)
     views = loader.Views(train, torch.arange(len(train)), args.batch_size, augment, args.seed, 2,
                          args.min_scale, args.workers, dist.get_rank(), dist.get_world_size())
@@ -184,28 +182,28 @@ def main_worker(args):
     # Where the run is: in `epoch`, after `step` of its `steps`, with what its E-step found.
     run = dict(epoch=0, step=0, steps=len(views), clusterings=[], figures={}, loss=math.nan)
     if checkpoint:
-        restore(checkpoint, run, ddp, optimizer, scaler, args)
+        restore(checkpoint, run, ddp, optimizer, args)
         run["clusterings"] = [losses.Clustering(assignments, *(x.to(args.device) for x in others))
                               for assignments, *others in run["clusterings"]]
-    checkpoint = None  # of a ResNet-50, half a gigabyte in every process
-    log = Log(args, run)
-
     def save_run(name="checkpoint.pth"):
         state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
-        save_checkpoint(args.output / name, args, state, ddp, optimizer, scaler, log,
-                        digest=train.digest)
+        save_checkpoint(args.output / name, args, state, ddp, optimizer, digest=train.digest)
         if dist.get_rank() == 0:  # with torchvision's names
             save(args.output / "backbone.pth", dict(
                 arch=args.arch, epoch=run["epoch"], args=plain(args),
                 state_dict={name: x.cpu() for name, x in backbone.state_dict().items()}))
         dist.barrier()
 
+    if checkpoint:
+        save_run()  # it may be an older one: if this run is killed, the next goes on from there too
+    checkpoint = None  # of a ResNet-50, half a gigabyte in every process
+    log = Log(args, run)
     with signals() as caught:
         while run["epoch"] < args.epochs:
             start, epoch = time.perf_counter(), run["epoch"]
             if args.num_clusters and epoch >= args.warmup_epochs and not run["clusterings"]:
                 run["clusterings"], run["figures"] = e_step(model, train, args, epoch)
-            m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run)
+            m_step(ddp, optimizer, views, run, args, log, caught, save_run)
             done = epoch + 1
             figures = dict(epoch=done, step=done * run["steps"], **run["figures"])
             if val and args.knn_every and (done % args.knn_every == 0 or done == args.epochs):
@@ -234,9 +232,6 @@ def open_data(args):
     labels = f"in {train.num_classes} classes" if train.num_classes else "without labels"
     say(f"data    {args.dataset} of {loader.shown(args.dir)}: {len(train)} images {labels}, "
         f"{len(val or ())} to evaluate on, {train.left_out} other files left out")
-    same, looked = val.among(train) if val and dist.get_rank() == 0 else (0, 0)
-    if same:
-        say(f"        {same} of {looked} images to evaluate on are training images too")
     return train, val
 
 
@@ -296,15 +291,8 @@ def fit_batch(args, num_images):
     works = min(num_images // groups, max(2, asked // groups)) * groups
     if works != asked and args.batch_size:
         raise UsageError(f"--batch-size {asked}: {groups} groups (processes x --bn-splits) share "
-                         f"it, 2 or more each; {works} works, or {processes_for(asked, args)}")
+                         f"it, 2 or more each; {works} works")
     args.batch_size = works
-
-
-def processes_for(batch_size, args):
-    """The numbers of processes that share out a batch evenly, in words."""
-    splits = getattr(args, "bn_splits", 1)
-    fit = [str(n) for n in range(1, batch_size // splits) if batch_size % (n * splits) == 0]
-    return f"{', '.join(fit) or 'no number of'} processes"
 
 
 def read_own(args, fixed):
@@ -330,8 +318,6 @@ def check_resume(args, checkpoint, digest, digest_of, fixed):
     now, then = plain(args), checkpoint["args"]
     changed = [f"--{name.replace('_', '-')} {then[name]} (now {now[name]})"
                for name in fixed if now[name] != then[name]]
-    if now["batch_size"] != then["batch_size"]:
-        changed.append(f"by {processes_for(then['batch_size'], args)}")
     if changed:
         raise UsageError(f"--resume {args.resume}: was made with {', '.join(changed)}")
     if checkpoint["digest"] != digest:
@@ -353,14 +339,12 @@ def distributed(module):
     return ddp
 
 
-def restore(checkpoint, run, model, optimizer, scaler, args):
+def restore(checkpoint, run, model, optimizer, args):
     """Put a checkpoint's state into what both scripts train."""
     model.load_state_dict(checkpoint["state_dict"])
     optimizer.load_state_dict(checkpoint["optimizer"])
     for group in optimizer.param_groups:  # what the flags say now
         group.update(momentum=args.momentum, weight_decay=args.wd)
-    if checkpoint["scaler"]:  # it has none without --amp fp16
-        scaler.load_state_dict(checkpoint["scaler"])
     run.update({name: checkpoint[name] for name in run})
 
 
@@ -473,7 +457,7 @@ def kmeans(v, num_clusters, seed, args):
 # ----------------------------------------------------------------------------------------- M-step
 
 
-def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
+def m_step(ddp, optimizer, views, run, args, log, caught, save_run):
     """The rest of the run's epoch: for each batch queries, momentum update, keys, loss, backward,
     optimizer, enqueue."""
     model, epoch, rank = ddp.module, run["epoch"], dist.get_rank()
@@ -497,9 +481,8 @@ def m_step(ddp, optimizer, scaler, views, run, args, log, caught, save_run):
         loss, figures = pauc(batch, run["clusterings"], args)
         report, number = exchange(loss, figures, run, caught)  # waits for the device
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # is not waited for
-        scaler.step(optimizer)
-        scaler.update()
+        loss.backward()  # is not waited for
+        optimizer.step()
         model.enqueue(batch.k, index)
         end_step(report | dict(lr=rate), number, run, args, log, save_run)
 
@@ -542,8 +525,7 @@ def pauc(batch, clusterings, args):
 
 
 def autocast(args):
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[args.amp]
-    return torch.autocast(args.device.type, dtype, enabled=dtype is not None)
+    return torch.autocast(args.device.type, torch.bfloat16, enabled=args.amp == "bf16")
 
 
 def rate_left(epoch, args, drop=DROP):
@@ -555,8 +537,8 @@ def rate_left(epoch, args, drop=DROP):
 
 def exchange(loss, figures, run, caught):
     """The loss and the figures as floats, means over processes, and the number of a signal that any
-    has caught, or 0: one collective, and the step's one wait for the device but fp16's scaler's.
-    Before the backward, which runs while the next batch is prepared."""
+    has caught, or 0: one collective, and the step's one wait for the device. Before the backward,
+    which runs while the next batch is prepared."""
     values = [x.detach().float() for x in (loss, *figures.values())]
     values.append(values[0].new_full((), max(caught, default=0)))
     rows = builder.gather(torch.stack(values)[None]).tolist()  # one of each process
@@ -646,33 +628,36 @@ def lock(folder):
     return file
 
 
-def save_checkpoint(path, args, run, model, optimizer, scaler, log, **more):
+def save_checkpoint(path, args, run, model, optimizer, **more):
     """Process 0 writes all that a resumed run needs; random numbers are keyed, so none is saved."""
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise UsageError(f"epoch {run['epoch'] + 1}: the weights are not finite, {DIVERGED}")
     if dist.get_rank() == 0:
-        save(path, dict(
-            run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
-            optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), **more))
-        log.settle()
+        save(path, dict(run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
+                        optimizer=optimizer.state_dict(), **more))
     dist.barrier()
 
 
 def save(path, state):
-    """Write a file whole or not at all: aside, flushed, renamed."""
-    buffer, new = io.BytesIO(), path.with_suffix(".new")
+    """Write a checkpoint."""
+    buffer = io.BytesIO()
     torch.save(state, buffer)
+    replace(path, buffer.getbuffer())
+
+
+def replace(path, content):
+    """Write a file whole or not at all: aside, flushed, renamed."""
+    new = path.with_suffix(".new")
     try:
         with open(new, "wb") as file:
-            file.write(buffer.getbuffer())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
-        needed, free = (x / 1e6 for x in (buffer.tell(), shutil.disk_usage(path.parent).free))
         new.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({error.strerror}), needs {needed:.0f} MB of "
-                         f"{free:.0f} free; what was there before is as it was") from None
+        raise UsageError(f"{path}: cannot be written ({error.strerror}), all {len(content)} bytes "
+                         f"of it; what was there before is as it was") from None
     with suppress(OSError):  # not every file system can; the file is there all the same
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the rename, too, is to outlive a power cut
@@ -731,30 +716,24 @@ def append(path, record):
 
 class Log:
     """Reports of process 0: TensorBoard, and a JSON line each in OUTPUT/log.jsonl, every start's
-    flags among them; in log.new until a resumed run has saved: another may yet go on elsewhere."""
+    flags among them. A start cuts off what is later than the checkpoint that it goes on from."""
 
     def __init__(self, args, run):
         self.speaks = dist.get_rank() == 0
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter
-            step = run["epoch"] * run["steps"] + run["step"]
-            self.begin = step, run["step"] == 0  # an epoch's line comes after its last step's
-            self.path = args.output / "log.jsonl"
-            self.file = self.path.with_suffix(".new") if step else self.path
-            self.file.unlink(missing_ok=True)
+            self.path, step = args.output / "log.jsonl", run["epoch"] * run["steps"] + run["step"]
+            self.cut(step, run["step"] == 0)
             self.board = SummaryWriter(args.output, purge_step=step + 1 if step else 0)
-            append(self.file, dict(flags=plain(args), step=step))
+            append(self.path, dict(flags=plain(args), step=step))
 
-    def settle(self):
-        """Once a resumed run has saved: what was reported before it began, and what it has."""
-        if self.file != self.path:
-            text = self.path.read_text() if self.path.exists() else ""
-            records = map(json.loads, text.splitlines()[:text.count("\n")])  # one may be cut short
-            before = [json.dumps(record) + "\n" for record in records
-                      if (record["step"], "loss" not in record) <= self.begin]
-            self.file.write_text("".join(before) + self.file.read_text())
-            os.replace(self.file, self.path)
-            self.file = self.path
+    def cut(self, *begin):
+        """Keep what is not after a step, or, if an epoch ends there, after the epoch's own line."""
+        text = self.path.read_text() if self.path.exists() else ""
+        records = map(json.loads, text.splitlines()[:text.count("\n")])  # one may be cut short
+        kept = [json.dumps(record) + "\n" for record in records
+                if (record["step"], "loss" not in record) <= begin]
+        replace(self.path, "".join(kept).encode())
 
     def start_clock(self):
         self.since, self.counted = time.perf_counter(), 0
@@ -772,7 +751,7 @@ class Log:
     def report(self, record, run, args):
         """Report a step or an epoch. Returns a line for the terminal, with TERMINAL's figures."""
         if self.speaks:
-            append(self.file, record)
+            append(self.path, record)
             for name, value in record.items():
                 several = isinstance(value, list)
                 for i, x in enumerate(value if several else [value]):

@@ -7,7 +7,6 @@ import shutil
 import stat
 import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -433,12 +432,11 @@ def test_a_file_system_that_cannot_sync_a_folder_takes_checkpoints(tmp_path, mon
     assert pretrain.load(tmp_path / "it.pth") == dict(epoch=1)
 
 
-def test_a_full_disk_is_said_with_what_is_needed_and_free(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_and_keeps_what_was_there(tmp_path):
     path = tmp_path / "it.pth"
     pretrain.save(path, dict(epoch=1))
     path.with_suffix(".new").symlink_to("/dev/full")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1_200_000))
-    with pytest.raises(UsageError, match=r"No space left.*needs 4 MB\D+1\D+free.* as it was"):
+    with pytest.raises(UsageError, match=r"No space left.* 4\d{6} bytes.* as it was"):
         pretrain.save(path, dict(x=torch.zeros(1_000_000)))
     assert pretrain.load(path) == dict(epoch=1) and [*tmp_path.iterdir()] == [path]
 
@@ -527,25 +525,12 @@ def test_advice_on_the_batch_works_when_it_is_followed(images, splits, group):
         if batch_size in works:
             assert fitted(images, splits, batch_size).batch_size == batch_size
             continue
-        with pytest.raises(UsageError, match="works, or|images are too few for") as refused:
+        with pytest.raises(UsageError, match="works|images are too few for") as refused:
             fitted(images, splits, batch_size)
         assert [int(n) in works for n in re.findall(r"(\d+) works", str(refused.value))] == (
             [True] if works else [])
     if works:
         assert fitted(images, splits).batch_size in works
-
-
-@pytest.mark.parametrize("batch_size", [None, 64])
-def test_the_numbers_of_processes_that_a_batch_is_resumed_by_are_named(batch_size, group,
-                                                                       monkeypatch):
-    def by(world_size, *asked):
-        monkeypatch.setattr(dist, "get_world_size", lambda: world_size)
-        return fitted(1437, 2, *asked)
-    checkpoint = dict(args=pretrain.plain(by(1)))
-    with pytest.raises(UsageError) as refused:
-        pretrain.check_resume(by(3, batch_size), checkpoint, "", "", ["batch_size"])
-    named = re.search(r"([\d, ]+) processes", str(refused.value))[1].split(",")
-    assert [*map(int, named)] == [n for n in range(1, 64) if by(n).batch_size == 64]
 
 
 def test_a_folder_of_mixed_images_trains_with_workers_and_has_the_monitor(image_folder, tmp_path):
