@@ -57,10 +57,6 @@ def backbone_of(encoder):
     return with_head(encoder, nn.Identity())
 
 
-def head_of(encoder):
-    return getattr(encoder, HEAD)
-
-
 def build_head(width, dim, mlp):
     last = nn.Linear(width, dim)
     return nn.Sequential(nn.Linear(width, width), nn.ReLU(), last) if mlp else last

@@ -210,7 +210,7 @@ def train_net(net, train, labelled, val, args):
     checkpoint = pretrain.read_own(args, FIXED)
     settle_training(args, len(labelled), len(train))
     digest = f"{loader.seed_of(train.digest, labelled.tolist()):x}"
-    backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), builder.head_of(net)
+    backbone, fc = builder.backbone_of(net).requires_grad_(args.finetune), net.fc
     before = {name: x.clone() for name, x in backbone.state_dict().items()}
     modules = [fc, backbone] if args.finetune else [fc]
     groups = [dict(params=module.parameters()) for module in modules]
@@ -218,7 +218,7 @@ def train_net(net, train, labelled, val, args):
     augment = loader.Augment("crop", args.crop_size, args.statistics, args.flip)
     views = loader.Views(train, labelled, args.batch_size, augment, args.seed, 1, args.min_scale,
                          args.workers, dist.get_rank(), dist.get_world_size())
-    run = dict(epoch=0, step=0, steps=len(views), best=0.0, loss=math.nan)
+    run = dict(epoch=0, step=0, steps=len(views), best=0.0)
     if checkpoint:
         pretrain.check_resume(args, checkpoint, digest, train.digest_of, FIXED)
         pretrain.restore(checkpoint, run, net, optimizer, args)
@@ -283,7 +283,7 @@ def moved(before, backbone):
 def validate(net, val, args):
     """Top-1 and top-5 in percent on all of `val`; as in training the linear layer is in float32."""
     v, labels = pretrain.embed(builder.backbone_of(net), val, args)
-    return top(*(builder.gather(x)[:len(val)] for x in (builder.head_of(net)(v), labels)))
+    return top(*(builder.gather(x)[:len(val)] for x in (net.fc(v), labels)))
 
 
 def top(logits, labels):

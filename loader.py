@@ -37,7 +37,6 @@ ASPECT = 3 / 4, 4 / 3  # of a random crop
 TRIES = 10  # at a random crop that fits into the image
 ENOUGH = 1.4  # pixels of a shrunk JPEG for each of a view's, along its shorter side
 MEMORY = 2 ** 30  # bytes: a folder whose small images take no more is held in memory
-CHUNK_PIXELS = 2 ** 16  # augmented at once on the CPU, to stay in its cache
 
 
 class UsageError(ValueError):
@@ -422,42 +421,22 @@ class Augment(nn.Module):
     def forward(self, x, u=None):
         """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, DRAWS) uniform in [0, 1), which "crop"
         without flip does not need. Returns (n, 3, S, S) float32, normalised."""
-        if u is None or _all_at_once(x):
-            return self._augment(x, u)
-        chunk = max(1, CHUNK_PIXELS // x[0, 0].numel())
-        return torch.cat([self._augment(*part) for part in zip(x.split(chunk), u.split(chunk))])
-
-    def _augment(self, x, u):
         x = x / 255 if x.dtype == torch.uint8 else x
         if self.aug == "v1":
-            x = _where(u[:, GREY] < 0.2, grey, x)
+            x = torch.where(_each(u[:, GREY] < 0.2), grey(x), x)
             x = jitter(x, u, hue=0.4)
         elif self.aug == "v2":
-            x = _where(u[:, JITTER] < 0.8, partial(jitter, hue=0.1), x, u)
-            x = _where(u[:, GREY] < 0.2, grey, x)
+            x = torch.where(_each(u[:, JITTER] < 0.8), jitter(x, u, hue=0.1), x)
+            x = torch.where(_each(u[:, GREY] < 0.2), grey(x), x)
             if self.size >= SMALL_CROP:
-                x = _where(u[:, BLUR] < 0.5, blur, x, 0.1 + 1.9 * u[:, SIGMA])
+                x = torch.where(_each(u[:, BLUR] < 0.5), blur(x, 0.1 + 1.9 * u[:, SIGMA]), x)
         if self.flip:
-            x = _where(u[:, FLIP] < 0.5, lambda x: x.flip(-1), x)
+            x = torch.where(_each(u[:, FLIP] < 0.5), x.flip(-1), x)
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
 
-def _all_at_once(x):
-    """Whether all images get all operations, and a mask: choosing images makes a GPU wait, and
-    takes longer than it spares where they are small."""
-    return x.device.type != "cpu" or x.shape[-1] < SMALL_CROP or torch.compiler.is_compiling()
-
-
-def _where(chosen, operation, x, *more):
-    """operation(x, *more) of the images that are chosen (n,), and the others as they are."""
-    if _all_at_once(x):
-        return torch.where(_each(chosen), operation(x, *more), x)
-    rows = chosen.nonzero()[:, 0]
-    if not len(rows):
-        return x
-    x = x.clone()
-    x[rows] = operation(x[rows], *(part[rows] for part in more)).expand(-1, x.shape[1], -1, -1)
-    return x
+def _each(x):
+    return x[:, None, None, None]
 
 
 def jitter(x, u, hue, strength=0.4):
@@ -467,10 +446,10 @@ def jitter(x, u, hue, strength=0.4):
     order = u[:, ORDER].argsort(1)  # which operation comes first, second, ...
     place = (order == HUE_TURN).to(torch.uint8).argmax(1)
     for slot in range(3):
-        x = _where(slot < place, blend, x, order[:, slot], factors)
+        x = torch.where(_each(slot < place), blend(x, order[:, slot], factors), x)
     x = shift_hue(x, hue * (2 * u[:, HUE] - 1))
     for slot in range(1, 4):
-        x = _where(slot > place, blend, x, order[:, slot], factors)
+        x = torch.where(_each(slot > place), blend(x, order[:, slot], factors), x)
     return x
 
 
@@ -517,10 +496,6 @@ def blur(x, sigma, radius=8, block=32):
     x = x.view(n, c, -1, size - size % -block).unfold(2, window, block)  # nxcxblocksxSxwindow
     x = (weights.mT[:, None, None] @ x.mT).flatten(2, 3)
     return x[:, :, :size, :size]
-
-
-def _each(x):
-    return x[:, None, None, None]
 
 
 # --------------------------------------------------------------------------- views, and evaluation

@@ -121,9 +121,7 @@ def alignment(p, p_positive, alpha=2.0):
 
 def uniformity(z, t=2.0):
     """Uniformity of the batch's images, our reading after Wang & Isola (arXiv 2005.10242):
-    log mean_{i != l} exp(-t ||z_i - z_l||^2). z: (N, C) unit rows. At most 0; 0 when N < 2."""
-    if len(z) < 2:
-        return 0 * z.sum()
+    log mean_{i != l} exp(-t ||z_i - z_l||^2). z: (N, C) unit rows, N > 1. At most 0."""
     square = z.square().sum(1)
     distances = square[:, None] + square - 2 * z @ z.T  # NxN; pdist's backward takes C times this
     pairs = (-t * distances).fill_diagonal_(-math.inf)
@@ -137,9 +135,7 @@ def correlation(d, d_positive, off_diagonal=0.3):
 
         1/C * [ sum_e (1 - R_ee)^2 + off_diagonal * sum_{e != f} R_ef^2 ]
 
-    d, d_positive: (N, C), the deviations of the same images in the two views. 0 when N < 2."""
-    if len(d) < 2:
-        return 0 * d.sum()
+    d, d_positive: (N, C), N > 1, the deviations of the same images in the two views."""
     a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (d, d_positive))
     r = a.T @ b / len(d)  # CxC
     on = (1 - r.diagonal()).pow(2).sum()
@@ -158,7 +154,6 @@ def concentration(distances, assignments, num_prototypes, temperature):
     phi_j = (mean over members of ||v - c_j||) / log(n_j + 10). A prototype with one member or none
     takes the largest phi; phi is clipped to its 10th..90th percentile, scaled to have mean
     `temperature`, and never under temperature / 10."""
-    _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
     total = torch.zeros(num_prototypes, dtype=torch.float64, device=distances.device)
     total.index_add_(0, assignments, distances.double())
@@ -194,7 +189,6 @@ def coagulation(v, assignments, prototypes):
     diversity: mean squared distance of two members, over prototypes with two or more; separation:
     of two prototypes; balance: entropy of the sizes / log P; empty: prototypes with no member."""
     num_prototypes = len(prototypes)
-    _check_range(assignments, num_prototypes)
     size = torch.bincount(assignments, minlength=num_prototypes)
     mean = means(v, assignments, num_prototypes)
     spread = (2 * size / (size - 1) * (1 - mean.square().sum(1)))[size > 1].clamp(min=0)

@@ -180,7 +180,7 @@ def main_worker(args):
                          args.min_scale, args.workers, dist.get_rank(), dist.get_world_size())
 
     # Where the run is: in `epoch`, after `step` of its `steps`, with what its E-step found.
-    run = dict(epoch=0, step=0, steps=len(views), clusterings=[], figures={}, loss=math.nan)
+    run = dict(epoch=0, step=0, steps=len(views), clusterings=[], figures={})
     if checkpoint:
         restore(checkpoint, run, ddp, optimizer, args)
         run["clusterings"] = [losses.Clustering(assignments, *(x.to(args.device) for x in others))
@@ -553,7 +553,6 @@ def exchange(loss, figures, run, caught):
 def end_step(report, number, run, args, log, save_run):
     """What follows a step in both scripts: report, save, then speak; and stop for a signal."""
     run["step"] += 1
-    run["loss"] = report["loss"]
     total = run["epoch"] * run["steps"] + run["step"]
     line = log.step(report, total, run, args)
     if number or run["step"] == run["steps"] or args.save_every and total % args.save_every == 0:
@@ -757,9 +756,8 @@ class Log:
                 for i, x in enumerate(value if several else [value]):
                     self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
         step = f"  step {run['step']}/{run['steps']}" if "loss" in record else ""
-        shown = dict(loss=run["loss"]) | record
-        words = [f"{title} {np.mean(shown[name]):.5g}" for name, title in TERMINAL.items()
-                 if name in shown]
+        words = [f"{title} {np.mean(record[name]):.5g}" for name, title in TERMINAL.items()
+                 if name in record]
         return "  ".join([f"epoch {record['epoch']}/{args.epochs}{step}", *words])
 
     def pairs(self, im_q, im_k, augment, number=16):

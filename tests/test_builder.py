@@ -109,7 +109,7 @@ def test_an_encoder_and_its_backbone_are_views_of_the_same_modules():
     images = torch.randn(2, 3, 8, 8)
     features = builder.backbone_of(encoder)(images)
     assert features.shape == (2, width)
-    torch.testing.assert_close(builder.head_of(encoder)(features), encoder(images))
+    torch.testing.assert_close(encoder.fc(features), encoder(images))
     assert encoder(images).shape == (2, 5)  # taking its backbone has left it as it was
     assert torch.equal(net(images), features)
 
@@ -247,13 +247,13 @@ def test_an_average_is_taken_where_it_is_alone(weights):
 
 def test_a_backbone_is_read_out_of_a_checkpoint_of_ours_and_the_head_stays_new(group):
     ours, theirs = (small_moco(seed=seed) for seed in (0, 1))
-    head = builder.head_of(theirs.encoder_q)[0].weight.clone()
+    head = theirs.encoder_q.fc[0].weight.clone()
     checkpoint = {"state_dict": DistributedDataParallel(ours).state_dict(), "epoch": 3}
     taken = builder.load_backbone(theirs.encoder_q, checkpoint, "it.pth", "tiny")
     assert taken == "state_dict.module.encoder_q.*"
     a, b = (builder.backbone_of(model.encoder_q).state_dict() for model in (ours, theirs))
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert torch.equal(builder.head_of(theirs.encoder_q)[0].weight, head)
+    assert torch.equal(theirs.encoder_q.fc[0].weight, head)
 
 
 @pytest.mark.parametrize("thing", [{}, [], "text", {"state_dict": {}}, {"epoch": 3}, torch.ones(3),

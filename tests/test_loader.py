@@ -1,6 +1,5 @@
 """Data sets, any mode of image, crops and augmentation against torchvision's, keyed views."""
 import os
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -386,18 +385,6 @@ def test_mocos_probabilities(aug, size, shares, monkeypatch):
     found = [(applied & bit > 0).double().mean().item() for bit in (1, 2, 4)]
     found.append((out[:, 0, 0, -1] >= 8).double().mean().item())
     assert found == pytest.approx(shares, abs=0.035)  # 3 standard deviations
-
-
-@pytest.mark.parametrize("aug", ["v1", "v2", "crop"])
-@pytest.mark.parametrize("n, size", [(20, 64), (3, 224)])
-def test_a_cpu_that_chooses_images_has_the_values_of_all_at_once(aug, n, size, monkeypatch):
-    x, u, augment = photos(n, size, size), draws(n), loader.Augment(aug, size, NEUTRAL)
-    monkeypatch.setattr(loader, "blur", blur := Mock(wraps=loader.blur))
-    chosen = augment(x, u)
-    blurred = sum(len(call.args[0]) for call in blur.call_args_list)
-    assert blurred == (u[:, loader.BLUR] < 0.5).sum() * (aug == "v2")
-    monkeypatch.setattr(loader, "_all_at_once", lambda x: True)
-    torch.testing.assert_close(chosen, augment(x, u), atol=1e-5, rtol=0)
 
 
 def test_the_augmentation_is_one_graph():
