@@ -71,9 +71,7 @@ class TwoHeads(nn.Sequential):
         self.prototype = prototype
 
     def forward(self, features):
-        instance = features
-        for layer in [*self][:-1]:
-            instance = layer(instance)
+        instance = nn.Sequential(*[*self][:-1])(features)
         return torch.stack([instance, self.prototype(features)], dim=1)
 
 
@@ -115,8 +113,7 @@ def tensors(checkpoint):
 def load_backbone(encoder, checkpoint, path, arch):
     """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`, be
     it ours, MoCo's, PCL's, torchvision's or many others': the backbone is recognised by its own
-    names behind whatever prefix. Words on what was taken are returned: the prefix, and an average
-    that is there too. UsageError says what is missing or too much."""
+    names behind whatever prefix, which is returned. UsageError says what is missing or too much."""
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]
@@ -140,10 +137,7 @@ def load_backbone(encoder, checkpoint, path, arch):
     if not all(x.isfinite().all() for x in found.values()):
         raise UsageError(f"{path}: its weights are not finite: that run has diverged")
     encoder.load_state_dict(found, strict=False)
-    averages = [x for x in prefixes if "ema" in x and all(x + name in state for name in wanted)]
-    if not averages or prefix in averages:
-        return f"{prefix}*"
-    return f"{prefix}* (an average is there too, {averages[0]}*: to take it, save it alone)"
+    return f"{prefix}*"
 
 
 # ------------------------------------------------------------------------------------------- MoCo

@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.transforms.v2 import functional
-from torchvision.utils import save_image
+from torchvision.utils import draw_bounding_boxes, save_image
 
 import builder
 import loader
@@ -30,9 +30,8 @@ from pretrain import bar, natural_float, positive, say
 
 # The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
 IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True)
-SMALL = IMAGENET | dict(lr=0.03)
-DIGITS = dict(lr=0.3, epochs=30, min_scale=0.8, flip=False)
-DEFAULTS = dict(digits=DIGITS)  # else the small ones for small images
+SMALL = IMAGENET | dict(lr=0.03)  # of small images, but for
+DEFAULTS = dict(digits=dict(lr=0.3, epochs=30, min_scale=0.8, flip=False))
 # SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
 FINETUNE = dict(epochs=20, lr=0.2, backbone_lr=0.01)
 FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
@@ -126,13 +125,12 @@ def settle(args, source):
     if same_dir and args.dataset == then.get("dataset"):
         args.dir, args.classes = then["dir"], args.classes or then["classes"]
     args.dir = os.path.abspath(args.dir or "data")
-    usual, arch, epoch = pretrain.DEFAULTS[args.dataset], source.get("arch"), source.get("epoch")
+    usual, arch = pretrain.DEFAULTS[args.dataset], source.get("arch")
     trained_at = then.get("crop_size") or args.crop_size or usual["crop_size"]
     args.small_images = then.get("small_images", trained_at < loader.SMALL_CROP)  # as in a probe's
     args.crop_size = args.crop_size or trained_at
     args.arch = args.arch or (arch if isinstance(arch, str) else usual["arch"])
     args.statistics = then.get("statistics", loader.IMAGENET_STATISTICS)
-    args.pretrained_epochs = epoch if isinstance(epoch, int) else None
 
 
 def settle_training(args, labelled, total):
@@ -319,7 +317,7 @@ def knn(bank, queries, chosen, args):
     near = pretrain.nearest(x, y, x_val, max(args.knn))
     for k in args.knn:
         top1 = pretrain.vote(*near, y_val, k, args.knn_temperature)
-        report(args, "knn", dict(knn=top1), k=k, temperature=args.knn_temperature, **chosen)
+        report(args, "knn", dict(top1=top1), k=k, temperature=args.knn_temperature, **chosen)
 
 
 def low_shot(bank, queries, num_classes, chosen, args):
@@ -332,9 +330,8 @@ def low_shot(bank, queries, num_classes, chosen, args):
     counts = y.bincount(minlength=num_classes)
     for shots in args.shots:
         if shots > counts.min():
-            say(f"--shots {shots}: left out, as class {counts.argmin()} has {counts.min()} "
-                f"labelled images")
-            continue
+            raise UsageError(f"--shots {shots}: class {counts.argmin()} has {counts.min()} labelled "
+                             f"images")
         top1 = []
         for run in bar(f"{shots} shots", 0, args.runs, range(args.runs), after=10):
             rows = torch.cat([order[:shots] for order in draw(y, args.seed, "shots", run)])
@@ -387,8 +384,7 @@ def cluster(v, labels, num_clusters, args):
     from scipy.optimize import linear_sum_assignment
     from sklearn import metrics
     if num_clusters > len(v):
-        say(f"--cluster {num_clusters}: left out, as val has {len(v)} images")
-        return
+        raise UsageError(f"--cluster {num_clusters}: give at most {len(v)}, one an image of val")
     assignments = best_kmeans(v, num_clusters, args).assignments.cpu()
     together = metrics.cluster.contingency_matrix(labels, assignments)
     matched = together[linear_sum_assignment(together, maximize=True)].sum()
@@ -434,9 +430,8 @@ def tile(data, i, label=None):
     x = functional.center_crop(data[i].cpu(), min(data[i].shape[1:]))
     x = F.interpolate(x[None] / 255, (TILE, TILE), mode="area")[0]  # small pixels stay squares
     if label is not None:
-        inside, right = x[:, FRAME:-FRAME, FRAME:-FRAME].clone(), data.labels[i] == label
-        x[:] = torch.tensor([0, 1, 0] if right else [1, 0, 0])[:, None, None]
-        x[:, FRAME:-FRAME, FRAME:-FRAME] = inside
+        edge, colour = [[0, 0, TILE - 1, TILE - 1]], "lime" if data.labels[i] == label else "red"
+        x = draw_bounding_boxes(x, torch.tensor(edge), colors=colour, width=FRAME)
     return x
 
 
@@ -445,12 +440,9 @@ def report(args, protocol, figures, **parameters):
     if dist.get_rank() == 0:
         pretrain.append(args.output / "results.jsonl", dict(
             checkpoint=os.path.abspath(args.pretrained or args.evaluate), dataset=args.dataset,
-            pretrained_epochs=args.pretrained_epochs, dir=args.dir, protocol=protocol, **figures,
-            **parameters))
-    shown = "  ".join(f"{name} {value:.2f}" for name, value in figures.items())
-    title = "" if protocol in figures else f"{protocol} "
-    told = ", ".join(f"{name} {value}" for name, value in parameters.items())
-    say(f"{title}{shown}" + (f"  ({told})" if told else ""))
+            dir=args.dir, protocol=protocol, **figures, **parameters))
+    say("  ".join([protocol, *(f"{name} {value:.2f}" for name, value in figures.items()),
+                   *(f"({name} {value})" for name, value in parameters.items())]))
 
 
 if __name__ == "__main__":

@@ -207,8 +207,6 @@ def _folder(root, classes):
     """DIR/train/CLASS/* and DIR/val/CLASS/*, or any tree of images, without labels: torchvision's
     convention, checked. Images beside class folders are left out."""
     root = Path(root)
-    if not root.is_dir():
-        raise UsageError(shown(f"{root}: no such folder; give train/CLASS/* or any images"))
     train = root / "train" if (root / "train").is_dir() else root
     images, left_out = _by_class(train)
     known = sorted(images.keys() - {""}) if train != root else []
@@ -218,7 +216,7 @@ def _folder(root, classes):
     if not len(sets[0]):
         raise UsageError(shown(f"{train}: holds no image at any depth"))
     val = root / "val"
-    if names and (val.is_dir() or val.is_symlink()):  # a link that leads nowhere is an error
+    if names and os.path.lexists(val):
         images, others = _by_class(val)
         left_out += others + len(images[""])
         unknown = sorted(images.keys() - {"", *known})
@@ -304,12 +302,11 @@ def read_lines(flag, path):
 
 def _chosen(path, train, known):
     """The class folders that a file names, one a line."""
-    keep = sorted({line.rstrip("/\\") for line in read_lines("--classes", path)})
-    missing = [name for name in keep if name not in known]
-    if missing or not keep:
-        what = f"no folder {missing[0]!r} of images" if missing else "folders, and it names none"
-        raise UsageError(shown(f"--classes {path}: {train} has {what}"))
-    return keep
+    keep = {line.rstrip("/\\") for line in read_lines("--classes", path)}
+    if not keep or not keep <= {*known}:
+        raise UsageError(shown(f"--classes {path}: is to name class folders of {train}, one a line, "
+                               f"not {sorted(keep - {*known})[:5]}"))
+    return sorted(keep)
 
 
 def read_image(path, least=math.inf):
@@ -407,7 +404,7 @@ HUE_TURN = 3  # what stands for it in the order, after brightness, contrast and 
 
 class Augment(nn.Module):
     """What MoCo does to a crop after cutting it, to a whole batch, with draws for each image.
-    aug: "v1" or "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S;
+    aug: "v2" (arXiv 2003.04297), or "crop" for flip alone, as in the linear probe. size: S;
     crops under 64 pixels are not blurred. statistics: mean and standard deviation of the channels.
     flip: mirror half of the images. The operations are torchvision's on floats: unlike in PIL's
     pipeline nothing is rounded to 8 bits on the way, and the blur is a Gaussian, no three boxes."""
@@ -422,11 +419,8 @@ class Augment(nn.Module):
         """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, DRAWS) uniform in [0, 1), which "crop"
         without flip does not need. Returns (n, 3, S, S) float32, normalised."""
         x = x / 255 if x.dtype == torch.uint8 else x
-        if self.aug == "v1":
-            x = torch.where(_each(u[:, GREY] < 0.2), grey(x), x)
-            x = jitter(x, u, hue=0.4)
-        elif self.aug == "v2":
-            x = torch.where(_each(u[:, JITTER] < 0.8), jitter(x, u, hue=0.1), x)
+        if self.aug == "v2":
+            x = torch.where(_each(u[:, JITTER] < 0.8), jitter(x, u), x)
             x = torch.where(_each(u[:, GREY] < 0.2), grey(x), x)
             if self.size >= SMALL_CROP:
                 x = torch.where(_each(u[:, BLUR] < 0.5), blur(x, 0.1 + 1.9 * u[:, SIGMA]), x)
@@ -439,7 +433,7 @@ def _each(x):
     return x[:, None, None, None]
 
 
-def jitter(x, u, hue, strength=0.4):
+def jitter(x, u, hue=0.1, strength=0.4):
     """ColorJitter: brightness, contrast, saturation, hue, in an order of each image's own. The
     dear one, hue, is done once, between those that come before it and those after."""
     factors = 1 + strength * (2 * u[:, FACTORS] - 1)  # of brightness, contrast, saturation

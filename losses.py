@@ -3,11 +3,9 @@
     L = L_ins + w_u L_uniform + mean over clusterings [ w_p L_proto + w_a L_align + w_c L_corr ]
 
 `info_nce` is MoCo's, `proto_nce` and `concentration` are PCL's. No code for PAUC was published: its
-three terms are this project's third reading of the abstract. The first, all of them on the batch's
-mean of each prototype, brings about the coagulation that they are to cure; in the second, which is
-that of one head, one embedding is to gather images and to spread them. The third, the default, has
-two levels, each with its head: InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment
-and correlation on x, y. With one head x is q and y is k.
+three terms are this project's reading of the abstract. There are two levels, each with its head:
+InfoNCE and uniformity act on instances q, k; ProtoNCE, alignment and correlation on x, y. With one
+head x is q and y is k.
 
 N images of the global batch, C dimensions, Q queue length, P prototypes of one clustering, J of
 them in the batch. Losses are 0-dim and keep their input's dtype and device; call them in float32 or

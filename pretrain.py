@@ -9,7 +9,6 @@
     python pretrain.py --num-clusters 0                    # MoCo v2
 """
 import argparse
-import errno
 import fcntl
 import io
 import json
@@ -66,9 +65,8 @@ HARMLESS = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?b
 FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
          "num_clusters")  # a resumed run is the same model on the same data, in the same batches
 # What a line on the terminal shows; a mean over the clusterings where they have a figure each.
-TERMINAL = dict(loss="loss", acc="acc", acc_ins="acc", lr="lr", images_per_s="images/s", knn="kNN",
-                top1="top-1", top5="top-5", best="best", diversity="diversity",
-                proto_diversity="of prototypes", effective_rank="rank", seconds="seconds")
+TERMINAL = ("loss", "acc", "acc_ins", "lr", "images_per_s", "knn", "top1", "top5", "best",
+            "diversity", "proto_diversity", "effective_rank", "seconds")
 
 
 # -------------------------------------------------------------------------------------- arguments
@@ -92,7 +90,6 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC pre-training", allow_abbrev=False)
     add = parser.add_argument
     add("dir", nargs="?", metavar="DIR", help="image folder, or where torchvision keeps its own")
-    add("--aug", choices=("v1", "v2"), default="v2", help="MoCo's augmentation")
     add("--min-scale", type=positive(float), help="least part of an image in a random crop")
     add("--crop-size", type=positive(int), help="pixels; under 64 no blur and a small-image stem")
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's head")
@@ -104,8 +101,7 @@ def parse_args(argv=None):
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
     add("--num-clusters", "--num-cluster", type=natural, nargs="+", metavar="P",
         help="prototypes of each clustering; 0: MoCo (default: 50, 25, 12 images a prototype)")
-    add("--cluster-every", type=positive(int), default=1, metavar="EPOCHS",
-        help="epochs that clusters are kept for")
+    add("--cluster-every", type=positive(int), default=1, metavar="EPOCHS", help="of the E-step")
     add("--num-negatives", "--pcl-r", type=natural, default=16384, help="of ProtoNCE")
     add("--kmeans-iters", type=positive(int), default=15, help="PCL: 20")
     add("--kmeans-restarts", type=positive(int), default=1, help="PCL: 5")
@@ -116,8 +112,7 @@ def parse_args(argv=None):
     add("--align-alpha", type=positive(float), default=2.0, help="its exponent")
     add("--uniform-t", type=positive(float), default=2.0, help="its inverse temperature")
     add("--corr-lambda", type=natural_float, default=0.3, help="weight of what is off its diagonal")
-    add("--heads", type=int, choices=(1, 2), default=2,
-        help="2: one for instances, one for prototypes; 1: one embedding is both")
+    add("--heads", type=int, choices=(1, 2), default=2, help="1: one embedding for both levels")
     add("--init", type=Path, metavar="PATH", help="start from the backbone in a checkpoint")
     add("--knn-every", type=natural, metavar="EPOCHS", help="of the kNN monitor; 0: never")
     add("--keep-every", type=natural, default=0, metavar="EPOCHS", help="keep such checkpoints")
@@ -175,7 +170,7 @@ def main_worker(args):
     backbone = builder.backbone_of(model.encoder_q)
     optimizer = torch.optim.SGD(model.parameter_groups(), args.lr, momentum=args.momentum,
                                 weight_decay=args.wd)
-    augment = loader.Augment(args.aug, args.crop_size, args.statistics, args.flip)
+    augment = loader.Augment("v2", args.crop_size, args.statistics, args.flip)
     views = loader.Views(train, torch.arange(len(train)), args.batch_size, augment, args.seed, 2,
                          args.min_scale, args.workers, dist.get_rank(), dist.get_world_size())
 
@@ -192,7 +187,6 @@ def main_worker(args):
             save(args.output / "backbone.pth", dict(
                 arch=args.arch, epoch=run["epoch"], args=plain(args),
                 state_dict={name: x.cpu() for name, x in backbone.state_dict().items()}))
-        dist.barrier()
 
     if checkpoint:
         save_run()  # it may be an older one: if this run is killed, the next goes on from there too
@@ -245,23 +239,21 @@ def settle(args, train, val, checkpoint):
         args.queue_size = min(DEFAULTS[args.dataset]["queue_size"], max(1, most // QUEUE_SHARE))
     if args.num_clusters is None:
         args.num_clusters = sorted({max(2, most // images) for images in IMAGES_PER_PROTOTYPE})
-    if args.num_clusters == [0]:
-        args.num_clusters = []
+    args.num_clusters = [size for size in args.num_clusters if size]
     if not (args.num_clusters and (args.proto or args.align or args.corr)):
         args.heads = 1
     if args.queue_size > most:
         raise UsageError(f"--queue-size {args.queue_size}: give at most {most}, one an image")
     for size in args.num_clusters:
         if not 2 <= size <= most:
-            raise UsageError(f"--num-clusters {size}: give 2 to {most}, one an image, or 0 alone")
+            raise UsageError(f"--num-clusters {size}: give 2 to {most}, one an image, or 0: MoCo")
     if args.num_clusters:
         __import__("faiss")  # if it does not load: now, rather than after the warm-up
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
     args.statistics = checkpoint["args"]["statistics"] if checkpoint else train.statistics
     prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
-    say(f"model   {args.arch}, {args.crop_size} px, mean and deviation "
-        f"{np.round(args.statistics, 3).tolist()}, queue {args.queue_size}, heads {args.heads}, "
+    say(f"model   {args.arch}, {args.crop_size} px, queue {args.queue_size}, heads {args.heads}, "
         f"prototypes {prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up), "
         f"{most // args.batch_size} steps of {args.batch_size} images, seed {args.seed}, on "
         f"{dist.get_world_size()} x {args.device.type}, amp {args.amp}, to {args.output}")
@@ -506,7 +498,6 @@ def pauc(batch, clusterings, args):
         s = assignments[batch.index]
         (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (x, y))
         d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
-        logged.append(("images_per_prototype", q.new_full((), len(q) / len(p))))
         if args.proto:
             negatives = loader.generator(args.seed, batch.epoch, batch.step, m, device=q.device)
             value, accuracy = losses.proto_nce(x, prototypes, phi, s, args.num_negatives, negatives)
@@ -583,13 +574,10 @@ def nearest(bank, bank_labels, queries, k):
     (m, k) or of a smaller bank (m, n). Of equal cosines the first row is the nearer, for every k.
     Those with a label under 0 are nobody's."""
     found, parts = [], queries.split(256)
-    first = torch.arange(len(bank), device=bank.device).flip(0)  # larger for earlier rows
+    later = 2 ** -52 * torch.arange(len(bank), dtype=torch.double, device=bank.device)
     for rows in bar("neighbours", 0, len(parts), parts, after=10):
-        cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf) + 0.0  # no -0
-        bits = cosine.view(torch.int32)
-        order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()  # as the cosines
-        order = order.bitwise_left_shift_(32).bitwise_or_(first)
-        index = order.topk(min(k, len(bank)), dim=1).indices  # of cosines topk takes any equal one
+        cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
+        index = (cosine - later).topk(min(k, len(bank)), dim=1).indices  # of equal ones it takes any
         found.append((cosine.gather(1, index), bank_labels[index]))
     return [torch.cat(x) for x in zip(*found)]
 
@@ -618,11 +606,11 @@ def lock(folder):
         file = open(folder / ".lock", "w")
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror})") from None
-    try:
-        if dist.get_rank() == 0:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # others: a file system without locks
+    with suppress(OSError):  # on a file system without locks
+        try:
+            if dist.get_rank() == 0:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise UsageError(f"--output {folder}: another run is writing there") from None
     return file
 
@@ -638,24 +626,18 @@ def save_checkpoint(path, args, run, model, optimizer, **more):
 
 
 def save(path, state):
-    """Write a checkpoint."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    replace(path, buffer.getbuffer())
-
-
-def replace(path, content):
     """Write a file whole or not at all: aside, flushed, renamed."""
-    new = path.with_suffix(".new")
+    buffer, new = io.BytesIO(), path.with_suffix(".new")
+    torch.save(state, buffer)
     try:
         with open(new, "wb") as file:
-            file.write(content)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
     except OSError as error:
         new.unlink(missing_ok=True)
-        raise UsageError(f"{path}: cannot be written ({error.strerror}), all {len(content)} bytes "
+        raise UsageError(f"{path}: cannot be written ({error.strerror}), all {buffer.tell()} bytes "
                          f"of it; what was there before is as it was") from None
     with suppress(OSError):  # not every file system can; the file is there all the same
         folder = os.open(path.parent, os.O_RDONLY)
@@ -722,17 +704,20 @@ class Log:
         if self.speaks:
             from torch.utils.tensorboard import SummaryWriter
             self.path, step = args.output / "log.jsonl", run["epoch"] * run["steps"] + run["step"]
-            self.cut(step, run["step"] == 0)
+            if self.path.exists():
+                self.cut(step, run["step"] == 0)
             self.board = SummaryWriter(args.output, purge_step=step + 1 if step else 0)
             append(self.path, dict(flags=plain(args), step=step))
 
     def cut(self, *begin):
         """Keep what is not after a step, or, if an epoch ends there, after the epoch's own line."""
-        text = self.path.read_text() if self.path.exists() else ""
-        records = map(json.loads, text.splitlines()[:text.count("\n")])  # one may be cut short
-        kept = [json.dumps(record) + "\n" for record in records
-                if (record["step"], "loss" not in record) <= begin]
-        replace(self.path, "".join(kept).encode())
+        kept = 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            record = json.loads(line) if line.endswith(b"\n") else None  # cut short by a kill
+            if not record or (record["step"], "loss" not in record) > begin:
+                break
+            kept += len(line)
+        os.truncate(self.path, kept)
 
     def start_clock(self):
         self.since, self.counted = time.perf_counter(), 0
@@ -756,8 +741,7 @@ class Log:
                 for i, x in enumerate(value if several else [value]):
                     self.board.add_scalar(f"{name}/{i}" if several else name, x, record["step"])
         step = f"  step {run['step']}/{run['steps']}" if "loss" in record else ""
-        words = [f"{title} {np.mean(record[name]):.5g}" for name, title in TERMINAL.items()
-                 if name in record]
+        words = [f"{name} {np.mean(record[name]):.5g}" for name in TERMINAL if name in record]
         return "  ".join([f"epoch {record['epoch']}/{args.epochs}{step}", *words])
 
     def pairs(self, im_q, im_k, augment, number=16):

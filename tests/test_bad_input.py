@@ -43,7 +43,7 @@ def refused(call, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["{tmp}/nowhere"], ["nowhere", "no such folder"]),
+    (["{tmp}/nowhere"], ["nowhere", "cannot be read", "No such file"]),
     (["{tmp}/wrong.d"], ["wrong.d", "no image"]),
     (["--arch", "resnet19"], ["--arch resnet19"]),
     (["--arch", "squeezenet1_1"], ["--arch squeezenet1_1", "resnets"]),

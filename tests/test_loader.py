@@ -115,8 +115,8 @@ def test_hidden_names_are_not_there(tmp_path):
 @pytest.mark.parametrize("names, classes, match", [
     (["train/a/1.png", "val/bb/1.png"], None, "/val: has classes that train has not, .*: bb$"),
     ([], None, "no image at any depth"), (["train/.a/1.png", "val/a/1.png"], None, "no image"),
-    (["train/a/1.png"], "a\nc", "--classes .*/keep: .*/train has no folder 'c'"),
-    (["train/a/1.png"], "\n", "--classes .*/keep: .* it names none")])
+    (["train/a/1.png"], "a\nc", "--classes .*/keep: .*/train, .*'c'"),
+    (["train/a/1.png"], "\n", "--classes .*/keep: .*class folders of")])
 def test_a_folder_or_choice_that_breaks_the_convention_is_refused(names, classes, match, tmp_path):
     (tmp_path / "keep").write_text(classes or "")
     with pytest.raises(loader.UsageError, match=match):
@@ -372,11 +372,10 @@ def test_jitter_is_torchvisions_operations_in_every_order(hue, size):
 
 
 @pytest.mark.parametrize("aug, size, shares", [
-    ("v1", 64, (1, 0.2, 0, 0.5)), ("v2", 32, (0.8, 0.2, 0, 0.5)),
-    ("v2", 64, (0.8, 0.2, 0.5, 0.5)), ("crop", 32, (0, 0, 0, 0.5))])
+    ("v2", 32, (0.8, 0.2, 0, 0.5)), ("v2", 64, (0.8, 0.2, 0.5, 0.5)), ("crop", 32, (0, 0, 0, 0.5))])
 def test_mocos_probabilities(aug, size, shares, monkeypatch):
     """Each operation is replaced by one that adds a power of two: the sum tells which were done."""
-    monkeypatch.setattr(loader, "jitter", lambda x, u, hue: x + 1)
+    monkeypatch.setattr(loader, "jitter", lambda x, u: x + 1)
     monkeypatch.setattr(loader, "grey", lambda x: x + 2)
     monkeypatch.setattr(loader, "blur", lambda x, sigma: x + 4)
     mirrored = torch.nn.functional.pad(torch.zeros(2000, 3, size, size - 1), [1, 0], value=8)
