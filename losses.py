@@ -159,8 +159,7 @@ def concentration(distances, assignments, num_prototypes, temperature):
     phi = torch.where(size > 1, phi, phi.where(size > 1, 0).max())
     low, high = torch.quantile(phi, torch.tensor([0.1, 0.9], dtype=phi.dtype, device=phi.device))
     phi = phi.clamp(low, high)
-    if not phi.any():  # every distance is 0
-        phi += 1
+    phi = torch.where(phi.any(), phi, 1)  # where every distance is 0
     return (temperature * phi / phi.mean()).clamp(min=temperature / 10).to(distances.dtype)
 
 

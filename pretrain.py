@@ -76,8 +76,8 @@ def positive(kind, or_zero=False):
     def parse(text):
         value = kind(text)
         if not 0 <= value < math.inf or value == 0 and not or_zero:
-            what = "0 or more" if or_zero else "a positive number"
-            raise argparse.ArgumentTypeError(f"must be {what}, not {text}")
+            least = "0 or more" if or_zero else "positive"
+            raise argparse.ArgumentTypeError(f"must be {least}, not {text}")
         return value
     parse.__name__ = kind.__name__  # argparse says it where the text is no number
     return parse
@@ -223,9 +223,9 @@ def open_data(args):
         if turn == (int(os.environ.get("LOCAL_RANK", 0)) == 0):
             train, val = loader.load(args.dataset, args.dir, args.classes)
         dist.barrier()
-    labels = f"in {train.num_classes} classes" if train.num_classes else "without labels"
-    say(f"data    {args.dataset} of {loader.shown(args.dir)}: {len(train)} images {labels}, "
-        f"{len(val or ())} to evaluate on, {train.left_out} other files left out")
+    say(f"data    {args.dataset} of {loader.shown(args.dir)}: {len(train)} images in "
+        f"{train.num_classes or 'no'} classes, {len(val or ())} to evaluate on, "
+        f"{train.left_out} other files left out")
     return train, val
 
 

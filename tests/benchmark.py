@@ -168,8 +168,7 @@ def train(ddp, optimizer, batches, args, clusterings):
     views = SimpleNamespace(epoch=lambda *_: [batch])
     log = SimpleNamespace(start_clock=lambda: None, step=lambda *_: None)
     run = dict(epoch=1, step=0, steps=2, clusterings=clusterings)  # pairs are logged in epoch 0
-    scaler = torch.amp.GradScaler(enabled=False)
-    pretrain.m_step(ddp, optimizer, scaler, views, run, args, log, [], None)
+    pretrain.m_step(ddp, optimizer, views, run, args, log, [], None)
 
 
 def step_functions(case, batch, methods, options, batches=None):

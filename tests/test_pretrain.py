@@ -544,7 +544,7 @@ def test_two_unlabelled_images_train_without_the_monitor(image_folder, tmp_path)
         shutil.copy(path, tmp_path / "flat")
     said = here(pretrain.main, tmp_path / "flat", *SMALL, "--epochs", 1, "--warmup-epochs", 0,
                 "--crop-size", 32, "--output", tmp_path / "run")
-    assert "2 images without labels, 0 to evaluate on" in said
+    assert "2 images in no classes, 0 to evaluate on" in said
     figures = read_log(tmp_path / "run")[-1]
     assert "diversity" in figures and "knn" not in figures
 
