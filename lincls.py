@@ -195,7 +195,6 @@ def read_label_list(path, names):
     rows = [i for i, line in lines_of.items() if line in lines]
     if not rows or len({lines_of[i] for i in rows}) < len(rows):
         raise UsageError(f"--label-list {path}: give training images, as {loader.shown(names[0])}")
-    say(f"--label-list {path}: {len(rows)} of its {len(lines)} lines are images here")
     return torch.tensor(rows)
 
 

@@ -209,8 +209,12 @@ def _folder(root, classes):
     root = Path(root)
     train = root / "train" if (root / "train").is_dir() else root
     images, left_out = _by_class(train)
-    known = sorted(images.keys() - {""}) if train != root else []
-    names = _chosen(classes, train, known) if classes else known
+    names = known = sorted(images.keys() - {""}) if train != root else []
+    if classes:
+        names = sorted({line.rstrip("/\\") for line in read_lines("--classes", classes)})
+        if not names or not {*names} <= {*known}:
+            raise UsageError(shown(f"--classes {classes}: is to name class folders of {train}, one "
+                                   f"a line, not {sorted({*names} - {*known})[:5]}"))
     sets = [_files(root, train, images, names)]
     left_out += len(images[""]) if names else 0
     if not len(sets[0]):
@@ -298,15 +302,6 @@ def read_lines(flag, path):
     except OSError as error:
         raise UsageError(shown(f"{flag} {path}: cannot be read ({error.strerror})")) from None
     return list(filter(None, map(str.strip, text.splitlines())))
-
-
-def _chosen(path, train, known):
-    """The class folders that a file names, one a line."""
-    keep = {line.rstrip("/\\") for line in read_lines("--classes", path)}
-    if not keep or not keep <= {*known}:
-        raise UsageError(shown(f"--classes {path}: is to name class folders of {train}, one a line, "
-                               f"not {sorted(keep - {*known})[:5]}"))
-    return sorted(keep)
 
 
 def read_image(path, least=math.inf):

@@ -119,7 +119,9 @@ def alignment(p, p_positive, alpha=2.0):
 
 def uniformity(z, t=2.0):
     """Uniformity of the batch's images, our reading after Wang & Isola (arXiv 2005.10242):
-    log mean_{i != l} exp(-t ||z_i - z_l||^2). z: (N, C) unit rows, N > 1. At most 0."""
+    log mean_{i != l} exp(-t ||z_i - z_l||^2). z: (N, C) unit rows. At most 0; 0 when N < 2."""
+    if len(z) < 2:
+        return 0 * z.sum()
     square = z.square().sum(1)
     distances = square[:, None] + square - 2 * z @ z.T  # NxN; pdist's backward takes C times this
     pairs = (-t * distances).fill_diagonal_(-math.inf)
@@ -133,7 +135,9 @@ def correlation(d, d_positive, off_diagonal=0.3):
 
         1/C * [ sum_e (1 - R_ee)^2 + off_diagonal * sum_{e != f} R_ef^2 ]
 
-    d, d_positive: (N, C), N > 1, the deviations of the same images in the two views."""
+    d, d_positive: (N, C), the deviations of the same images in the two views. 0 when N < 2."""
+    if len(d) < 2:
+        return 0 * d.sum()
     a, b = (F.batch_norm(x, None, None, training=True, eps=1e-5) for x in (d, d_positive))
     r = a.T @ b / len(d)  # CxC
     on = (1 - r.diagonal()).pow(2).sum()

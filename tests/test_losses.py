@@ -241,6 +241,12 @@ def test_correlation_of_equal_dimensions_is_their_share_of_the_off_diagonal():
     assert losses.correlation(d, d, 0.3).item() == pytest.approx(0.3 * 3, rel=1e-3)
 
 
+def test_a_batch_of_one_image_gives_zero_and_a_gradient_of_zero():
+    z = unit(1, C).requires_grad_()
+    for loss in (losses.uniformity(z), losses.correlation(z, z.detach())):
+        assert loss.item() == 0 and torch.autograd.grad(loss, z)[0].abs().max() == 0
+
+
 # -------------------------------------------------------------------------------------- all of them
 
 
