@@ -134,7 +134,7 @@ class Files:
         return self.read(i)
 
     def read(self, i, least=math.inf):
-        """Image i as (3, H, W) uint8, of whose size pixels of `least` a side are enough."""
+        """Image i as (3, H, W) uint8; smaller than it is, if its shorter side keeps `least`."""
         return read_image(os.path.join(self.root, os.fsdecode(self.paths[i])), least)
 
     @property
