@@ -116,7 +116,7 @@ def augmentation(work, args):
 def cifar10(work, args):
     """The study's methods on a part of the images, three seeds, as many runs as there is time for,
     one seed after another. Its folder is in DIR, where it goes on."""
-    flags = ["--quick", "--grid", "main", *args.device] if args.quick else [
+    flags = ["--quick", "--grid", "main", "--seeds", 1, *args.device] if args.quick else [
         "--data", images(args), *CIFAR10]
     process = start("tests/study.py", *flags, "--test", "--output", args.output / "study")
     with suppress(subprocess.TimeoutExpired):
@@ -124,7 +124,7 @@ def cifar10(work, args):
     process.terminate()  # its runs are saved
     for run in read(args.output / "study" / "images.jsonl"):
         yield f"{run['name']}, seed {run['seed']}", {
-            name: value for name, value in run.items() if name not in ("argv", "curve")}
+            name: value for name, value in run.items() if name != "argv"}
     finish([process])
 
 
