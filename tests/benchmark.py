@@ -346,8 +346,8 @@ def pipelines(root, size):
     number, augment = len(data), loader.Augment("v2", size, data.statistics)
 
     def pil():
-        for i in range(number):
-            image = Image.open(data.path(i)).convert("RGB")
+        for path in Path(root).iterdir():
+            image = Image.open(path).convert("RGB")
             transform(image), transform(image)
 
     def worker():
