@@ -23,8 +23,8 @@ EMPTY = -1  # in place of the index of a queued key's image
 def build_backbone(arch, small_images=False, bn_splits=1):
     """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width. small_images:
     the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no max-pool.
-    bn_splits: BN statistics over so many slices of the batch. A network of one's own goes here: all
-    that is asked for is that its last layer is called `fc`, and is the identity."""
+    bn_splits: BN statistics over so many slices of the batch. A network of one's own stands in for
+    `net`: all that is asked for is that its last layer is called `fc`, and is the identity."""
     if arch not in models.list_models(module=models):
         raise UsageError(f"--arch {arch}: no classifier of torchvision's, as resnet50 is")
     net = models.get_model(arch)
@@ -71,7 +71,9 @@ class TwoHeads(nn.Sequential):
         self.prototype = prototype
 
     def forward(self, features):
-        instance = nn.Sequential(*[*self][:-1])(features)
+        instance = features
+        for layer in [*self][:-1]:
+            instance = layer(instance)
         return torch.stack([instance, self.prototype(features)], dim=1)
 
 
@@ -111,9 +113,9 @@ def tensors(checkpoint):
 
 
 def load_backbone(encoder, checkpoint, path, arch):
-    """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`, be
-    it ours, MoCo's, PCL's, torchvision's or many others': the backbone is recognised by its own
-    names behind whatever prefix, which is returned. UsageError says what is missing or too much."""
+    """Load an encoder's weights but for its head from what `torch.load` gave of the file `path`:
+    the backbone is recognised by its own names behind whatever prefix, which is returned.
+    UsageError says what is missing or too much."""
     state, wanted = tensors(checkpoint), backbone_of(encoder).state_dict()
     first = next(iter(wanted))
     prefixes = [name.removesuffix(first) for name in state if name.endswith(first)]

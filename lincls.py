@@ -26,11 +26,11 @@ import builder
 import loader
 import pretrain
 from loader import UsageError, generator
-from pretrain import bar, natural_float, positive, say
+from pretrain import bar, natural_float, part, positive, say
 
-# The probe's, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
+# Of the probe, by data set. Features of small images have a larger scale than an ImageNet ResNet's.
 IMAGENET = dict(lr=30.0, epochs=100, min_scale=0.08, flip=True)
-SMALL = IMAGENET | dict(lr=0.03)  # of small images, but for
+SMALL = IMAGENET | dict(lr=0.03)
 DEFAULTS = dict(digits=dict(lr=0.3, epochs=30, min_scale=0.8, flip=False))
 # SwAV's on 1 % and 10 % of ImageNet (arXiv 2006.09882, its eval_semisup.py), and for small images.
 FINETUNE = dict(epochs=20, lr=0.2, backbone_lr=0.01)
@@ -63,10 +63,10 @@ def parse_args(argv=None):
     add("--neighbours", type=positive(int), metavar="N", help="draw neighbours and prototypes")
     add("--finetune", action="store_true", help="train the whole network")
     add("--backbone-lr", type=natural_float, help="of --finetune")
-    add("--label-fraction", type=positive(float), nargs="+", metavar="PART", help="of all labels")
+    add("--label-fraction", type=part, nargs="+", metavar="PART", help="of all labels")
     add("--label-list", type=Path, metavar="FILE", help="names of the labelled images, one a line")
     add("--crop-size", type=positive(int), help="pixels")
-    add("--min-scale", type=positive(float), help="least part of an image in a random crop")
+    add("--min-scale", type=part, help="least part of an image in a random crop")
     add("--output", type=Path, help="default: lincls/ beside the checkpoint, or the probe's")
     pretrain.add_common(add)
     parser.set_defaults(wd=0.0)
@@ -293,6 +293,7 @@ def top(logits, labels):
 
 
 def evaluate_features(v, v_val, train, val, subsets, args):
+    """In process 0 alone, so without collectives. v, v_val: all images' features, on the CPU."""
     num_classes, queries = train.num_classes, (v_val, val.labels)
     if args.cluster is not None:
         cluster(*queries, args.cluster or num_classes, args)
@@ -329,8 +330,7 @@ def low_shot(bank, queries, num_classes, chosen, args):
     counts = y.bincount(minlength=num_classes)
     for shots in args.shots:
         if shots > counts.min():
-            raise UsageError(f"--shots {shots}: class {counts.argmin()} has {counts.min()} labelled "
-                             f"images")
+            raise UsageError(f"--shots {shots}: class {counts.argmin()} has {counts.min()} labels")
         top1 = []
         for run in bar(f"{shots} shots", 0, args.runs, range(args.runs), after=10):
             rows = torch.cat([order[:shots] for order in draw(y, args.seed, "shots", run)])

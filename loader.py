@@ -1,9 +1,9 @@
 """Images in: data sets by name or folder, two augmented views with the image's index, evaluation.
 
 A data set is an `Arrays`, whose images are in the device's memory and are cropped there, or a
-`Files`, whose images are read and cropped by workers. Both make the same crops. A new one is a
-function (root, classes) -> train, val or None in DATASETS, which makes an Arrays or a Files with a
-`read` of its own, with its default flags in the DEFAULTS of pretrain and, if need be, lincls.
+`Files`, whose images are read and cropped by workers: the same crops, to a rounding. A new one is a
+function (root, classes) -> train, val or None in DATASETS, which makes an Arrays, or a Files with a
+`read` of its own; its default flags are in the DEFAULTS of pretrain and, if need be, lincls.
 
 Random numbers are keyed by seed and epoch for the order of images, and by the step for what is done
 to a global batch, of which each process takes its rows. So a run sees the same views for any number
@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
 
 IMAGENET_STATISTICS = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean, deviation
 STATISTICS_IMAGES = 10_000  # at most, evenly spread
@@ -76,6 +75,7 @@ class Arrays:
 
     def __init__(self, images, labels, classes=()):
         images = np.array(images, order="C")
+        assert images.dtype == np.uint8, images.dtype
         self.labels = torch.as_tensor(np.array(labels), dtype=torch.long)  # -1: none
         self.num_classes, self.classes = int(self.labels.max()) + 1, [*classes]
         self.names = [*map(str, range(len(images)))]
@@ -124,7 +124,7 @@ class Files:
         # No lists: as reference counts change, every worker would copy a million Python objects.
         self.root, self.paths = str(root), np.array([os.fsencode(name) for name in names])
         self.labels = torch.tensor(labels, dtype=torch.long)  # -1: none
-        self.num_classes, self.classes = len(classes), [*classes]
+        self.num_classes, self.classes = max(labels, default=-1) + 1, [*classes]
         self.digest = hashlib.blake2b(self.paths.tobytes(), digest_size=8).hexdigest()
 
     def __len__(self):
@@ -158,8 +158,7 @@ class Files:
         return torch.stack([centre_crop(self.read(i, least), size) for i in index])
 
     def each(self, function, items, workers):
-        # Below a spawned process workers would be spawned too, and import torch anew for every
-        # E-step: ten seconds each.
+        # Below a spawned process workers would be spawned too, and take ten seconds to start.
         context = "fork" if workers and sys.platform == "linux" else None
         return DataLoader(items, batch_size=None, collate_fn=function, num_workers=workers,
                           pin_memory=self.device.type == "cuda", multiprocessing_context=context,
@@ -285,7 +284,7 @@ def _held(sets):
     held = []
     for files in sets:
         images = np.empty((len(files), *shape[1:], 3), np.uint8)
-        for i in tqdm(range(len(files)), "reading", delay=10, disable=None, leave=False):
+        for i in range(len(files)):
             image = files[i]
             if image.shape != shape:
                 return sets
@@ -312,9 +311,9 @@ def read_image(path, least=math.inf):
         # Pillow scrambles a turned TIFF that it opens by path, and may so map into memory.
         with open(path, "rb") as file, Image.open(file) as image:
             for part in 4, 2:
-                width, height = (side // part for side in image.size)
-                even = (width * part, height * part) == image.size  # no part of a pixel at the edge
-                if even and min(width, height) >= least and image.draft(None, (width, height)):
+                size = [side // part for side in image.size]
+                if min(size) >= least and not any(side % part for side in image.size):
+                    image.draft(None, size)  # without a part of a pixel at the edge
                     break
             image.load()
             with suppress(Exception):  # Pillow raises nearly anything on EXIF data that are broken

@@ -26,7 +26,7 @@ class Batch(NamedTuple):
     x: torch.Tensor  # (N, C) as q at the prototype level; q itself with one head
     y: torch.Tensor  # (N, C) as k there
     index: torch.Tensor  # (N,) the images' indices in the data set, on the CPU
-    queue: torch.Tensor  # (C, Q) older keys, unit columns
+    queue: torch.Tensor  # (C, Q) older k, unit columns
     queue_index: torch.Tensor  # (Q,) the indices of their images; under 0: none
     rows: slice  # those of this process
     epoch: int
@@ -96,12 +96,12 @@ def _cross_entropy(logits, target):
 def prototype_features(z, assignments):
     """Batch prototypes (after ProPos, arXiv 2111.11821): p_j = normalise(sum of the z_i of j).
 
-    z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows and ids (J,), the
-    distinct assignments in ascending order: both views of a batch have the same rows."""
+    z: (N, C) embeddings, assignments: (N,) long. Returns p (J, C) unit rows, in the order of the
+    assignments: both views of a batch have the same rows."""
     ids, row = assignments.unique(return_inverse=True)
     row = row.to(z.device, non_blocking=True)
     members = (torch.arange(len(ids), device=z.device)[:, None] == row).to(z.dtype)  # JxN
-    return F.normalize(members @ z, dim=1), ids
+    return F.normalize(members @ z, dim=1)
 
 
 def deviations(z, prototypes, assignments):

@@ -62,7 +62,7 @@ DIVERGED = "the run has diverged; start from an older checkpoint with a lower --
 HARMLESS = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bhilqBHILQefd"},
             *((np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")
               for core in ("core", "_core"))]
-FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size",
+FIXED = ("dataset", "arch", "crop_size", "mlp", "dim", "heads", "queue_size", "batch_size", "seed",
          "num_clusters")  # a resumed run is the same model on the same data, in the same batches
 # What a line on the terminal shows; a mean over the clusterings where they have a figure each.
 TERMINAL = ("loss", "acc", "acc_ins", "lr", "images_per_s", "knn", "top1", "top5", "best",
@@ -72,30 +72,31 @@ TERMINAL = ("loss", "acc", "acc_ins", "lr", "images_per_s", "knn", "top1", "top5
 # -------------------------------------------------------------------------------------- arguments
 
 
-def positive(kind, or_zero=False):
+def positive(kind, or_zero=False, most=math.inf):
     def parse(text):
         value = kind(text)
-        if not 0 <= value < math.inf or value == 0 and not or_zero:
-            least = "0 or more" if or_zero else "positive"
-            raise argparse.ArgumentTypeError(f"must be {least}, not {text}")
+        if not 0 <= value <= most or value == math.inf or value == 0 and not or_zero:
+            least, limit = "0 or more" if or_zero else "positive", f", at most {most}" * (most == 1)
+            raise argparse.ArgumentTypeError(f"must be {least}{limit}, not {text}")
         return value
     parse.__name__ = kind.__name__  # argparse says it where the text is no number
     return parse
 
 
 natural, natural_float = positive(int, or_zero=True), positive(float, or_zero=True)
+part = positive(float, most=1)
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description="PAUC pre-training", allow_abbrev=False)
     add = parser.add_argument
     add("dir", nargs="?", metavar="DIR", help="image folder, or where torchvision keeps its own")
-    add("--min-scale", type=positive(float), help="least part of an image in a random crop")
+    add("--min-scale", type=part, help="least part of an image in a random crop")
     add("--crop-size", type=positive(int), help="pixels; under 64 no blur and a small-image stem")
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's head")
     add("--dim", "--moco-dim", "--low-dim", type=positive(int), default=128, help="of embeddings")
     add("--queue-size", "--moco-k", type=positive(int), help="keys in the queue")
-    add("--moco-m", type=natural_float, help="momentum of the key encoder")
+    add("--moco-m", type=part, help="momentum of the key encoder")
     add("--temperature", "--moco-t", type=positive(float), help="of InfoNCE; mean concentration")
     add("--bn-splits", type=positive(int), default=1, help="slices of a batch with their own BN")
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
@@ -180,6 +181,9 @@ def main_worker(args):
         restore(checkpoint, run, ddp, optimizer, args)
         run["clusterings"] = [losses.Clustering(assignments, *(x.to(args.device) for x in others))
                               for assignments, *others in run["clusterings"]]
+    checkpoint = None  # of a ResNet-50, half a gigabyte in every process
+    log = Log(args, run)
+
     def save_run(name="checkpoint.pth"):
         state = run | dict(clusterings=[tuple(clustering) for clustering in run["clusterings"]])
         save_checkpoint(args.output / name, args, state, ddp, optimizer, digest=train.digest)
@@ -187,11 +191,8 @@ def main_worker(args):
             save(args.output / "backbone.pth", dict(
                 arch=args.arch, epoch=run["epoch"], args=plain(args),
                 state_dict={name: x.cpu() for name, x in backbone.state_dict().items()}))
+        dist.barrier()
 
-    if checkpoint:
-        save_run()  # it may be an older one: if this run is killed, the next goes on from there too
-    checkpoint = None  # of a ResNet-50, half a gigabyte in every process
-    log = Log(args, run)
     with signals() as caught:
         while run["epoch"] < args.epochs:
             start, epoch = time.perf_counter(), run["epoch"]
@@ -240,7 +241,7 @@ def settle(args, train, val, checkpoint):
     if args.num_clusters is None:
         args.num_clusters = sorted({max(2, most // images) for images in IMAGES_PER_PROTOTYPE})
     args.num_clusters = [size for size in args.num_clusters if size]
-    if not (args.num_clusters and (args.proto or args.align or args.corr)):
+    if not args.num_clusters:
         args.heads = 1
     if args.queue_size > most:
         raise UsageError(f"--queue-size {args.queue_size}: give at most {most}, one an image")
@@ -252,11 +253,10 @@ def settle(args, train, val, checkpoint):
     if checkpoint:
         check_resume(args, checkpoint, train.digest, train.digest_of, FIXED)
     args.statistics = checkpoint["args"]["statistics"] if checkpoint else train.statistics
-    prototypes = " ".join(map(str, args.num_clusters)) or "none (MoCo)"
     say(f"model   {args.arch}, {args.crop_size} px, queue {args.queue_size}, heads {args.heads}, "
-        f"prototypes {prototypes}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of warm-up), "
-        f"{most // args.batch_size} steps of {args.batch_size} images, seed {args.seed}, on "
-        f"{dist.get_world_size()} x {args.device.type}, amp {args.amp}, to {args.output}")
+        f"prototypes {args.num_clusters}\ntrain   {args.epochs} epochs ({args.warmup_epochs} of "
+        f"warm-up), {most // args.batch_size} steps of {args.batch_size} images, seed {args.seed}, "
+        f"on {dist.get_world_size()} x {args.device.type}, amp {args.amp}, to {args.output}")
 
 
 def settle_machine(args, sets):
@@ -291,7 +291,7 @@ def read_own(args, fixed):
     """The checkpoint of this script, by its flags `fixed`, that --resume names, or None."""
     own = args.output / "checkpoint.pth"
     path = own if args.resume in (None, "auto") else Path(args.resume)
-    if own.exists() and not (args.resume and path.resolve().parent == args.output.resolve()):
+    if own.exists() and not (args.resume and path.resolve() == own.resolve()):
         raise UsageError(f"--output {args.output}: is used; give --resume auto or another --output")
     checkpoint, position = None, [0, 0]
     if args.resume and (own.exists() or args.resume != "auto"):
@@ -496,23 +496,23 @@ def pauc(batch, clusterings, args):
         terms.append(("uniform", args.uniform, losses.uniformity(q, args.uniform_t)))
     for m, (assignments, prototypes, phi) in enumerate(clusterings):
         s = assignments[batch.index]
-        (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (x, y))
-        d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
         if args.proto:
             negatives = loader.generator(args.seed, batch.epoch, batch.step, m, device=q.device)
             value, accuracy = losses.proto_nce(x, prototypes, phi, s, args.num_negatives, negatives)
             terms.append(("proto", share * args.proto, value))
             logged.append(("acc_proto", accuracy))
         if args.align:
+            p, p_positive = (losses.prototype_features(z, s) for z in (x, y))
             value = losses.alignment(p, p_positive, args.align_alpha)
             terms.append(("align", share * args.align, value))
         if args.corr:
+            d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
             value = losses.correlation(d, d_positive, args.corr_lambda)
             terms.append(("corr", share * args.corr, value))
     loss = sum(weight * value for _, weight, value in terms)
     logged += [(f"loss_{name}", value.detach()) for name, _, value in terms]
     return loss, {name: torch.stack([value for other, value in logged if other == name]).mean()
-                  for name, _ in logged}
+                  for name in dict.fromkeys(name for name, _ in logged)}
 
 
 def autocast(args):
@@ -577,7 +577,7 @@ def nearest(bank, bank_labels, queries, k):
     later = 2 ** -52 * torch.arange(len(bank), dtype=torch.double, device=bank.device)
     for rows in bar("neighbours", 0, len(parts), parts, after=10):
         cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
-        index = (cosine - later).topk(min(k, len(bank)), dim=1).indices  # of equal ones it takes any
+        index = (cosine - later).topk(min(k, len(bank)), dim=1).indices  # of equal ones any
         found.append((cosine.gather(1, index), bank_labels[index]))
     return [torch.cat(x) for x in zip(*found)]
 
@@ -622,7 +622,6 @@ def save_checkpoint(path, args, run, model, optimizer, **more):
     if dist.get_rank() == 0:
         save(path, dict(run, arch=args.arch, state_dict=model.state_dict(), args=plain(args),
                         optimizer=optimizer.state_dict(), **more))
-    dist.barrier()
 
 
 def save(path, state):
@@ -840,12 +839,13 @@ def signals(pids=()):
     def catch(number, _):
         caught.append(number)
         times.append(time.monotonic())
-        if times[-1] - times[0] > TOGETHER:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        second = times[-1] - times[0] > TOGETHER
         for pid in pids:
             with suppress(ProcessLookupError):
-                os.kill(pid, number)
+                os.kill(pid, signal.SIGKILL if second else number)
+        if second:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
     heeded = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, catch) for number in heeded}
     try:

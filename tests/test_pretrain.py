@@ -271,7 +271,7 @@ def test_a_line_on_the_terminal_has_at_most_120_characters(whole):
 
 def test_the_start_says_what_was_understood(whole):
     start = whole[1][:whole[1].index("epoch 1")]
-    for words in ("352 images in 10 classes", "48 to evaluate on", "queue 88", "prototypes 20 40",
+    for words in ("352 images in 10 classes", "48 to evaluate on", "queue 88", "[20, 40]",
                   "11 steps of 32 images", "1 x cpu"):
         assert words in start
 
