@@ -252,13 +252,14 @@ def test_a_used_output_folder_is_refused_and_left_as_it_is(whole, flags, call):
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(whole, flags, tmp_path, start):
     run = start(tmp_path / "run", flags, patch="""
 import resource
-def save(*args, real=pretrain.save_checkpoint, **more):
-    real(*args, **more)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-pretrain.save_checkpoint = save""")
+def save(*args, real=pretrain.save, calls=[]):
+    calls.append(args)
+    if len(calls) == 3: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000,) * 2)
+    real(*args)
+pretrain.save = save""")
     status, said = run.end()
     assert status == 2, said
-    one_line(said.splitlines()[-1], ".pth: cannot be written", "bytes", "as it was")
+    one_line(said.splitlines()[-1], "checkpoint.pth: cannot be written", "bytes", "as it was")
     assert read_checkpoint(run.output)["step"] == 5 and not list(run.output.glob("*.new"))
     goes_on_to_the_same_end(run.output, whole, flags)
 
