@@ -133,9 +133,6 @@ class Running:
         assert self.process.exitcode is not None, self.text()
         return self.process.exitcode, self.text()
 
-    def signal(self, number):
-        os.kill(self.pid, number)
-
     def text(self):
         return self.said.read_text()
 
@@ -217,6 +214,21 @@ def gone(pids, seconds=30):
     while any(map(runs, pids)):
         assert time.time() < end, "a process was left behind"
         time.sleep(0.05)
+
+
+def files(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*") if path.name != ".lock"}
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """refused(main, flags, words): main ends with one line and status 2, and writes nothing."""
+    def check(main, flags, *words, output=tmp_path / "out"):
+        before = files(output.parent)
+        status, _, errors = called(main, "--device", "cpu", *flags, "--output", output)
+        assert status == 2 and files(output.parent) == before, errors
+        one_line(errors, *words)
+    return check
 
 
 @contextlib.contextmanager

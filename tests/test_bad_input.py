@@ -23,20 +23,6 @@ def run(short, tmp_path_factory):
     return output
 
 
-@pytest.fixture
-def refused(call, tmp_path):
-    """refused(main, flags, words): main ends with one line and status 2, and writes nothing."""
-    def check(main, flags, *words, output=tmp_path / "out"):
-        before = {path: path.stat().st_mtime_ns for path in output.parent.rglob("*.*")}
-        status, _, errors = call(main, "--device", "cpu", *flags, "--output", output)
-        assert status == 2, errors
-        one_line(errors, *words)
-        after = {path: path.stat().st_mtime_ns for path in output.parent.rglob("*.*")}
-        before.pop(output / ".lock", None), after.pop(output / ".lock", None)
-        assert after == before
-    return check
-
-
 # ------------------------------------------------------------------------------------------ flags
 
 

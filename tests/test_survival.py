@@ -64,10 +64,11 @@ def test_processes_resumed_within_an_epoch_end_bit_for_bit_as_without(flags, tmp
     ended_the_same(resumed, run.output)
 
 
-@pytest.mark.parametrize("module, name, call", [("pretrain", "kmeans", 2), ("os", "replace", 6)])
+@pytest.mark.parametrize("module, name, call", [
+    ("builder.MoCo", "enqueue", 4), ("pretrain", "kmeans", 2), ("os", "replace", 6)])
 def test_a_run_killed_at_any_moment_ends_bit_for_bit_as_without(module, name, call, whole, flags,
                                                                 tmp_path, start):
-    """In the E-step, and between writing a checkpoint and naming it."""
+    """Before its first save, in the E-step, and between writing a checkpoint and naming it."""
     run = start(tmp_path / "run", flags, patch=f"""
 def killed(*args, real={module}.{name}, calls=[]):
     calls.append(args)
@@ -83,7 +84,7 @@ def test_processes_do_not_outlive_a_killed_parent_where_sigint_is_ignored(flags,
     run = start(tmp_path / "run", [*flags, "--nproc", 2], patch=patch)
     run.steps(3)
     everyone = run.family()
-    run.signal(signal.SIGKILL)
+    os.kill(run.pid, signal.SIGKILL)
     gone(everyone, 5)
     assert read_checkpoint(tmp_path / "run")["epoch"] == 0
 
@@ -96,7 +97,7 @@ def test_a_probe_that_is_stopped_ends_bit_for_bit_as_without(more, whole, tmp_pa
     slow = "def slow(*args, real=pretrain.exchange): time.sleep(0.1); return real(*args)"
     run = start(outputs[0], flags, script="lincls.py", patch=slow + "\npretrain.exchange = slow")
     run.steps(3)
-    run.signal(signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)
     assert run.end()[0] == 143, run.text()
     for output in outputs:
         here(lincls.main, *flags, "--output", output, "--resume", "auto")
@@ -141,10 +142,10 @@ def test_a_second_signal_ends_a_run_at_once(number, nproc, flags, tmp_path, star
     run = start(tmp_path / "run", [*flags, "--nproc", nproc], patch=waiting("pauc", 60))
     run.until((tmp_path / "run" / "waiting").exists)
     everyone = run.family()
-    run.signal(number)
+    os.kill(run.pid, number)
     time.sleep(0.8)
     assert run.process.exitcode is None  # it waits for the end of the step
-    run.signal(number)
+    os.kill(run.pid, number)
     assert run.end(5)[0] == -number
     gone(everyone, 5)
 
@@ -152,7 +153,7 @@ def test_a_second_signal_ends_a_run_at_once(number, nproc, flags, tmp_path, star
 def test_ctrl_c_before_training_ends_all_processes_with_its_status(flags, tmp_path, start):
     run = start(tmp_path / "run", [*flags, "--nproc", 2], patch=waiting("settle", 60))
     run.until((tmp_path / "run" / "waiting").exists)
-    run.signal(signal.SIGINT)
+    os.kill(run.pid, signal.SIGINT)
     status, said = run.end(20)
     assert status == 130 and "Traceback" not in said, said
 
@@ -161,7 +162,7 @@ def test_sighup_that_nohup_has_ignored_stays_ignored(flags, tmp_path, start):
     patch = SLOW + "\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)"
     run = start(tmp_path / "run", flags, patch=patch)
     run.steps(3)
-    run.signal(signal.SIGHUP)
+    os.kill(run.pid, signal.SIGHUP)
     assert run.end()[0] == 0 and read_checkpoint(tmp_path / "run")["epoch"] == 2
 
 
@@ -172,7 +173,7 @@ def test_a_signal_between_steps_waits_for_the_next_if_there_is_one(name, more, s
     output = tmp_path / "run"
     run = start(output, [*flags, *more], patch=waiting(name))
     run.until((output / "waiting").exists)
-    run.signal(signal.SIGTERM)
+    os.kill(run.pid, signal.SIGTERM)
     assert run.end(20)[0] == status, run.text()
     checkpoint = read_checkpoint(output)
     assert (checkpoint["epoch"], checkpoint["step"]) == place
@@ -224,29 +225,21 @@ def test_data_workers_end_the_run_where_they_are_killed_alone(to, number, status
 # ------------------------------------------------------------------------------- folders and disks
 
 
-def files(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.iterdir() if path.name != ".lock"}
-
-
 def test_a_second_run_in_one_folder_is_refused_and_a_kill_frees_the_folder(flags, tmp_path, start,
-                                                                           call):
+                                                                           refused):
     output = tmp_path / "run"
     first = start(output, flags, patch=waiting("kmeans", 60))
     first.until((output / "waiting").exists)
-    before = files(output)
-    status, _, errors = call(pretrain.main, *flags, "--output", output)
-    assert status == 2 and first.process.exitcode is None and files(output) == before
-    one_line(errors, "another run is writing there")
-    first.signal(signal.SIGKILL)
+    refused(pretrain.main, flags, "another run is writing there", output=output)
+    assert first.process.exitcode is None
+    os.kill(first.pid, signal.SIGKILL)
     first.end()
     here(pretrain.main, *flags, "--output", output)
 
 
-def test_a_used_output_folder_is_refused_and_left_as_it_is(whole, flags, call):
-    before = files(whole)
-    status, _, errors = call(pretrain.main, *flags[:-2], "--output", whole)
-    assert status == 2 and files(whole) == before
-    one_line(errors, f"--output {whole}", "--resume auto", "another --output")
+def test_a_used_output_folder_is_refused_and_left_as_it_is(whole, flags, refused):
+    words = f"--output {whole}", "--resume auto", "another --output"
+    refused(pretrain.main, flags[:-2], *words, output=whole)
 
 
 def test_a_full_disk_ends_the_run_and_keeps_the_checkpoint(whole, flags, tmp_path, start):
@@ -305,7 +298,7 @@ def test_the_batch_script_requeues_an_unfinished_run_alone(python, status, reque
     job = start(tmp_path / "run", [], command=["bash", tmp_path / "job.sh"])
     if "USR1" in python:
         job.until(lambda: "ready" in job.text())
-        job.signal(signal.SIGUSR1)
+        os.kill(job.pid, signal.SIGUSR1)
     assert job.end(20)[0] == status, job.text()
     asked = tmp_path / "requeued"
     assert (asked.read_text() if asked.exists() else "") == "requeue 17\n" * requeued
