@@ -158,12 +158,10 @@ class Running:
 @pytest.fixture
 def start():
     """start(...) is Running(...) that does not outlive the test."""
-    with contextlib.ExitStack() as runs:
-        def one(*args, **options):
-            run = Running(*args, **options)
-            runs.callback(run.kill)
-            return run
-        yield one
+    runs = []
+    yield lambda *args, **options: runs.append(Running(*args, **options)) or runs[-1]
+    for run in runs:
+        run.kill()
 
 
 def script(*argv, cwd=REPO):
@@ -255,9 +253,6 @@ def torch_settings():
     torch.set_default_dtype(torch.float32)
 
 
-# ----------------------------------------------------------------------------- what runs leave
-
-
 def read_log(path):
     """The reports in the log of an output folder: all whole lines but that of the flags."""
     path = path / "log.jsonl" if path.is_dir() else path
@@ -318,8 +313,8 @@ def few(tmp_path_factory):
     """Flags of a run on 352 digits, 11 steps an epoch, with 48 for the monitor."""
     images, labels = digits()
     images = np.pad(images.repeat(3, 1).repeat(3, 2), ((0, 0), (2, 2), (2, 2)))  # 28 x 28
-    root = write_fashion_mnist(tmp_path_factory.mktemp("few"), (images[:352], labels[:352]),
-                               (images[352:400], labels[352:400]))
+    sets = ((images[rows], labels[rows]) for rows in (slice(352), slice(352, 400)))
+    root = write_fashion_mnist(tmp_path_factory.mktemp("few"), *sets)
     return [root, "--dataset", "fashionmnist", *SMALL, "--crop-size", 8, "--batch-size", 32,
             "--warmup-epochs", 1, "--print-every", 3, "--num-clusters", 20, 40, "--lr", 0.01]
 

@@ -23,9 +23,6 @@ def run(short, tmp_path_factory):
     return output
 
 
-# ------------------------------------------------------------------------------------------ flags
-
-
 @pytest.mark.parametrize("flags, words", [
     (["{tmp}/nowhere"], ["nowhere", "cannot be read", "No such file"]),
     (["{tmp}/wrong.d"], ["wrong.d", "no image"]),
@@ -60,9 +57,6 @@ def test_a_folder_that_cannot_be_written_is_noticed_before_the_work(run, tmp_pat
     probe = ["--pretrained", run / "backbone.pth"]
     for main, flags in ((pretrain.main, SMALL), (lincls.main, probe)):
         refused(main, flags, "file/out: cannot be written", output=tmp_path / "file" / "out")
-
-
-# ------------------------------------------------------------------------------------ checkpoints
 
 
 class Dangerous(str):
@@ -109,9 +103,6 @@ def test_a_backbone_of_another_arch_is_refused(run, short, refused):
         refused(main, [*flags, run / "backbone.pth", "--arch", "resnet18"], *words)
 
 
-# --------------------------------------------------------------------------------------- resuming
-
-
 def test_a_resume_of_another_model_or_batch_is_refused(run, short, refused):
     refused(pretrain.main, [*short, "--arch", REAL, "--dim", 64, "--batch-size", 100, "--resume",
                             run / "checkpoint.pth"],
@@ -126,9 +117,6 @@ def test_a_resume_on_as_many_other_images_is_refused(run, short, tmp_path, refus
         file.seek(5000)
         file.write(b"\1")
     refused(pretrain.main, flags, "was made on other images", "by their pixels")
-
-
-# ------------------------------------------------------------------------------- images and labels
 
 
 @pytest.mark.parametrize("workers", [0, 1])

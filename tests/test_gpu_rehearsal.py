@@ -124,7 +124,6 @@ def test_a_training_step_waits_only_where_its_losses_are_read(gpu):
 @pytest.mark.parametrize("found, mistake", [
     ("aten.add.Tensor of a CPU tensor", lambda x: x + torch.zeros(())),
     ("c10d.allreduce_.* of a CPU tensor", lambda x: dist.all_reduce(torch.ones(1)) or x),
-    ("Extra items .*read in pauc", lambda x: x / x.detach().item()),
     ("Extra items .*read in pauc", lambda x: 0 * x if x > 1 else x)])
 def test_the_rehearsal_fails_by(found, mistake, gpu, monkeypatch):
     monkeypatch.setattr(losses, "alignment", lambda p, positive, _: mistake((p - positive).mean()))
@@ -132,7 +131,7 @@ def test_the_rehearsal_fails_by(found, mistake, gpu, monkeypatch):
         test_a_training_step_waits_only_where_its_losses_are_read(gpu)
 
 
-@pytest.mark.parametrize("aug, size", [(x, y) for x in ("v2", "crop") for y in (32, 224)])
+@pytest.mark.parametrize("aug, size", [("v2", 224), ("crop", 32)])
 def test_images_are_waited_for_only_at_the_start(aug, size, gpu):
     evaluation = loader.centre_batches(images(9000), size, loader.IMAGENET_STATISTICS, 1, 8)
     next(evaluation)

@@ -446,10 +446,9 @@ def test_a_folder_of_mixed_images_trains_with_workers_and_has_the_monitor(image_
 
 
 def test_two_unlabelled_images_train_without_the_monitor(image_folder, tmp_path):
-    (tmp_path / "flat").mkdir()
     for path in list((image_folder / "train").rglob("*.*"))[:2]:
-        shutil.copy(path, tmp_path / "flat")
-    said = here(pretrain.main, tmp_path / "flat", *SMALL, "--epochs", 1, "--warmup-epochs", 0,
+        shutil.copy(path, tmp_path)
+    said = here(pretrain.main, tmp_path, *SMALL, "--epochs", 1, "--warmup-epochs", 0,
                 "--crop-size", 32, "--output", tmp_path / "run")
     assert "2 images in no classes, 0 to evaluate on" in said
     figures = read_log(tmp_path / "run")[-1]

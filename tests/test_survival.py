@@ -30,11 +30,6 @@ def whole(flags, tmp_path_factory):
     return output
 
 
-def goes_on_to_the_same_end(output, reference, flags):
-    here(pretrain.main, *flags, "--output", output)
-    ended_the_same(output, reference)
-
-
 def ended_the_same(output, reference):
     same_ending(output, reference)
     assert untimed(read_log(output)) == untimed(read_log(reference))
@@ -76,7 +71,8 @@ def killed(*args, real={module}.{name}, calls=[]):
     return real(*args)
 {module}.{name} = killed""")
     assert run.end()[0] == -signal.SIGKILL, run.text()
-    goes_on_to_the_same_end(tmp_path / "run", whole, flags)
+    here(pretrain.main, *flags, "--output", run.output)
+    ended_the_same(run.output, whole)
 
 
 def test_processes_do_not_outlive_a_killed_parent_where_sigint_is_ignored(flags, tmp_path, start):
@@ -104,7 +100,7 @@ def test_a_probe_that_is_stopped_ends_bit_for_bit_as_without(more, whole, tmp_pa
     ended_the_same(*outputs)
 
 
-# ---------------------------------------------------------------------------------------- signals
+# -------------------------------------------------- signals, and errors of a process of several
 
 
 @pytest.mark.parametrize("number, status", [
@@ -179,9 +175,6 @@ def test_a_signal_between_steps_waits_for_the_next_if_there_is_one(name, more, s
     assert (checkpoint["epoch"], checkpoint["step"]) == place
 
 
-# ------------------------------------------------------------------------ errors of a job's process
-
-
 @pytest.mark.parametrize("act, status, end", [
     ("1 / 0", 1, "\nZeroDivisionError: division by zero"),
     ("raise pretrain.UsageError('a mistake')", 2, "\npretrain.py: error: a mistake"),
@@ -222,7 +215,7 @@ def test_data_workers_end_the_run_where_they_are_killed_alone(to, number, status
     assert {*Path("/dev/shm").glob("torch*")} <= shared_memory
 
 
-# ------------------------------------------------------------------------------- folders and disks
+# --------------------------------------------------------- folders and disks, torchrun and SLURM
 
 
 def test_a_second_run_in_one_folder_is_refused_and_a_kill_frees_the_folder(flags, tmp_path, start,
@@ -254,10 +247,8 @@ pretrain.save = save""")
     assert status == 2, said
     one_line(said.splitlines()[-1], "checkpoint.pth: cannot be written", "bytes", "as it was")
     assert read_checkpoint(run.output)["step"] == 5 and not list(run.output.glob("*.new"))
-    goes_on_to_the_same_end(run.output, whole, flags)
-
-
-# ----------------------------------------------------------------------------- torchrun and SLURM
+    here(pretrain.main, *flags, "--output", run.output)
+    ended_the_same(run.output, whole)
 
 
 def test_torchrun_starts_a_killed_process_anew_and_the_run_goes_on(flags, tmp_path, start,
