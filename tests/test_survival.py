@@ -36,7 +36,7 @@ def ended_the_same(output, reference):
     assert not list(output.glob("*.new"))
 
 
-# -------------------------------------------------------------------------------- stops and kills
+# ---------------------------------------------------------------------------------- stops and kills
 
 SLOW = """
 def enqueue(*args, real=builder.MoCo.enqueue):
@@ -100,7 +100,7 @@ def test_a_probe_that_is_stopped_ends_bit_for_bit_as_without(more, whole, tmp_pa
     ended_the_same(*outputs)
 
 
-# -------------------------------------------------- signals, and errors of a process of several
+# ------------------------------------------------------ signals, and errors of a process of several
 
 
 @pytest.mark.parametrize("number, status", [
@@ -215,7 +215,7 @@ def test_data_workers_end_the_run_where_they_are_killed_alone(to, number, status
     assert {*Path("/dev/shm").glob("torch*")} <= shared_memory
 
 
-# --------------------------------------------------------- folders and disks, torchrun and SLURM
+# ------------------------------------------------------------ folders and disks, torchrun and SLURM
 
 
 def test_a_second_run_in_one_folder_is_refused_and_a_kill_frees_the_folder(flags, tmp_path, start,
