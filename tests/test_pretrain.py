@@ -113,7 +113,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(left_out):
     expected = loop_over_older_keys(batch, 0.3) + weights["uniform"] * losses.uniformity(q)
     for assignments, prototypes, phi in found:
         s = assignments[batch.index]
-        (p, _), (p_positive, _) = (losses.prototype_features(z, s) for z in (x, y))
+        p, p_positive = (losses.prototype_features(z, s) for z in (x, y))
         d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
         expected = expected + (weights["proto"] * losses.proto_nce(x, prototypes, phi, s)[0]
                                + weights["align"] * losses.alignment(p, p_positive)
@@ -260,24 +260,23 @@ def test_a_figure_that_is_not_finite_is_logged_as_null_and_stops_nothing(tmp_pat
 # ------------------------------------------------------------------------------------- resumed runs
 
 
-@pytest.mark.parametrize("save_every", [0, 2])
-def test_a_killed_resume_from_an_older_checkpoint_leaves_no_hole_in_the_log(save_every, two_epochs,
-                                                                            whole, few):
-    """Whether it was killed before its first save or after; also within a line of the log."""
-    flags = [*few, *THREE_EPOCHS, "--output", two_epochs, "--resume"]
-
-    def enqueue(*inputs, real=builder.MoCo.enqueue, left=[*range(4)]):
-        real(*inputs)
-        left.pop()  # fails at the fifth step
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(IndexError):
-        patch.setattr(builder.MoCo, "enqueue", enqueue)
-        here(pretrain.main, *flags, two_epochs / "checkpoint_0001.pth", "--save-every", save_every)
+def test_a_resume_cuts_off_what_the_log_has_after_its_checkpoint(two_epochs, whole, few):
+    """Also a line that a kill has cut short."""
     with open(two_epochs / "log.jsonl", "a") as file:
         file.write('{"epoch": 3, "ste')
-    assert read_checkpoint(two_epochs)["step"] == (3 if save_every else 0)
-    here(pretrain.main, *flags, "auto")
+    here(pretrain.main, *few, *THREE_EPOCHS, "--output", two_epochs, "--resume", "auto")
     assert untimed(read_log(two_epochs)) == untimed(read_log(whole[0]))
     same_ending(whole[0], two_epochs)
+
+
+def test_a_resume_from_an_older_checkpoint_goes_on_elsewhere_and_ends_the_same(whole, few, tmp_path,
+                                                                               refused):
+    flags = [*few, *THREE_EPOCHS, "--resume", whole[0] / "checkpoint_0001.pth"]
+    refused(pretrain.main, flags, "is used", "another --output", output=whole[0])
+    here(pretrain.main, *flags, "--output", tmp_path / "run")
+    later = [line for line in read_log(whole[0]) if line["step"] > 11]
+    assert untimed(read_log(tmp_path / "run")) == untimed(later)
+    same_ending(whole[0], tmp_path / "run")
 
 
 def test_a_resume_takes_weight_decay_and_momentum_from_the_flags(two_epochs, few):

