@@ -208,23 +208,17 @@ def of_timm(shapes):
 
 # The names and shapes in a ResNet-18's checkpoint that another project's own code wrote, as a rule
 # and as the digest of their list there: STUDY.md has the commands. Last, what is taken.
-SAVED = {
-    "lightly 1.6.0": (of_lightly, "2631f6504a57758b", "state_dict.backbone.*"),
-    "timm 1.0.31": (of_timm, "2024df540fc8eb4f", "state_dict.*"),
-}
-
-
-@pytest.mark.parametrize("project", SAVED)
-def test_a_backbone_is_read_out_of_what_another_project_saved(project, weights):
-    rule, digest, words = SAVED[project]
+@pytest.mark.parametrize("rule, digest, words", [
+    (of_lightly, "2631f6504a57758b", "state_dict.backbone.*"),
+    (of_timm, "2024df540fc8eb4f", "state_dict.*")], ids=["lightly 1.6.0", "timm 1.0.31"])
+def test_a_backbone_is_read_out_of_what_another_project_saved(rule, digest, words, weights):
     names = rule({name: tuple(x.shape) for name, x in weights.items()})
     lines = "\n".join(f"{name} {list(shape)}" for name, shape in names.items())
     assert hashlib.sha256(lines.encode()).hexdigest().startswith(digest)
     saved = {name: torch.full(shape, i) for i, (name, shape) in enumerate(names.items())}
     taken, state = read(saved)
     assert taken == words
-    prefix = words.removesuffix("*")
-    assert all(torch.equal(x, saved[prefix + name].to(x)) for name, x in state.items())
+    assert all(torch.equal(x, saved[words[:-1] + name].to(x)) for name, x in state.items())
 
 
 def test_a_backbone_is_read_out_of_a_checkpoint_of_ours_and_the_head_stays_new(group):
@@ -246,8 +240,7 @@ def test_what_holds_no_weights_is_refused(thing):
 
 
 @pytest.mark.parametrize("arch, words", [
-    ("resnet34", r"layer1\.2\.\S+ is missing"), ("resnet50", "not those of --arch resnet50"),
-    (REAL, "holds no backbone")])
+    ("resnet50", "not those of --arch resnet50"), (REAL, "holds no backbone")])
 def test_the_backbone_of_another_network_is_refused(arch, words, weights):
     with torch.device("meta"), pytest.raises(UsageError, match=words):
         read(weights, arch)

@@ -7,7 +7,6 @@ import torch
 from conftest import assert_same, digits, write_fashion_mnist
 from PIL import ExifTags, Image, ImageOps
 from sklearn.datasets import load_sample_image
-from torch._utils import ExceptionWrapper
 from torchvision import transforms
 from torchvision.transforms import RandomResizedCrop, functional, v2
 
@@ -76,40 +75,31 @@ def write(root, *names):
     return root
 
 
-def test_folder_labels_follow_the_training_classes_in_both_splits(tmp_path):
+@pytest.mark.parametrize("content, classes", [
+    (None, "abc"), ("b\na\n", "ab"), ("\ufeffb\r\na\r\n\r\n", "ab"), ("a/\nb/", "ab")])
+def test_labels_follow_the_training_classes_kept_in_both_splits(content, classes, tmp_path):
     names = ["train/a/x/2.png", "train/b/1.png", "train/c/3.PNG"], ["val/b/6.png", "val/c/5.png"]
-    train, val = loader.load("folder", write(tmp_path, *names[0], *names[1]))
-    assert train.labels.tolist() == [0, 1, 2] and val.labels.tolist() == [1, 2]
-    assert (train.names, val.names) == names and train.num_classes == 3
-    assert train.classes == val.classes == ["a", "b", "c"]
-
-
-@pytest.mark.parametrize("content", ["c\nb\n", "\ufeffc\r\nb\r\n\r\n", "b/\nc/"])
-def test_classes_are_read_as_unix_and_windows_write_them(content, tmp_path):
-    (tmp_path / "keep").write_text(content)
-    write(tmp_path, *(f"{split}/{name}/1.png" for split in ("train", "val") for name in "abc"))
-    for split, data in zip(("train", "val"), loader.load("folder", tmp_path, tmp_path / "keep")):
-        assert data.names == [f"{split}/b/1.png", f"{split}/c/1.png"]
-        assert data.labels.tolist() == [0, 1] and data.classes == ["b", "c"]
+    (tmp_path / "keep").write_text(content or "")
+    train, val = loader.load("folder", write(tmp_path, *names[0], *names[1]),
+                             content and tmp_path / "keep")
+    kept = len(classes)
+    assert train.names == names[0][:kept] and val.names == names[1][:kept - 1]
+    assert train.labels.tolist() == [*range(kept)] and val.labels.tolist() == [*range(1, kept)]
+    assert train.classes == val.classes == [*classes] and train.num_classes == kept
 
 
 @pytest.mark.parametrize("names, labels, left_out", [
-    (["1.png", "deep/3.png", "deep/er/2.jpg"], [-1, -1, -1], 1),
+    ([*"a.gif b.jfif c.jpe d.jp2 deep/er/1.jpg e.tga f.avif g.webp h.TIF".split()], [-1] * 9, 1),
     (["train/1.png", "train/2.png", "val/a/3.png"], [-1, -1], 0),
     (["train/a/1.png", "val/2.png", "val/3.png"], [0], 2),
     (["train/a/1.png", "train/2.png", "val/a/3.png"], [0], 1),
-], ids=["no train", "train without classes", "val without classes", "images beside classes"])
-def test_what_has_no_class_folder_is_unlabelled_or_left_out(names, labels, left_out, tmp_path):
+    (["train/a/1.png", "train/a/._1.png", "train/.b/1.png", ".val/a/1.png"], [0], 0),
+], ids=["any file of Pillow's", "no classes", "no classes in val", "beside classes", "hidden"])
+def test_what_has_no_class_folder_is_no_labelled_image(names, labels, left_out, tmp_path):
     (tmp_path / "notes.txt").write_text("beside train nothing is looked at")
     train, val = loader.load("folder", write(tmp_path, *names))
     assert train.names == names[:len(labels)] and train.labels.tolist() == labels
     assert train.left_out == left_out and bool(val) == (left_out == 1 and labels == [0])
-
-
-def test_hidden_names_are_not_there(tmp_path):
-    names = "train/a/1.png", "train/a/._1.png", "train/.b/1.png", ".val/a/1.png"
-    train, val = loader.load("folder", write(tmp_path, *names))
-    assert train.names == ["train/a/1.png"] and train.left_out == 0 and val is None
 
 
 @pytest.mark.parametrize("names, classes, match", [
@@ -131,36 +121,24 @@ def test_a_link_that_leads_nowhere_is_named(link, tmp_path):
         loader.load("folder", tmp_path)
 
 
-@pytest.mark.parametrize("place", ["", "train"])
-def test_links_lead_to_each_file_once_also_out_of_the_folder(place, tmp_path):
-    expected = [os.path.join(place, name) for name in ("a/1.png", "a/2.png", "b/1.png")]
-    inside = write(tmp_path / "images", *expected) / place
+def test_links_lead_to_each_file_once_also_out_of_the_folder(tmp_path):
+    expected = ["train/a/1.png", "train/a/2.png", "train/b/1.png"]
+    inside = write(tmp_path / "images", *expected) / "train"
     out = write(tmp_path / "pool", "1.png")
     for name, to in (("a/up", ".."), ("a/root", tmp_path), ("a/b", "../b"), ("c", "b"), ("d", out)):
         (inside / name).symlink_to(to)
-    expected.append(os.path.join(place, "d/1.png"))
-    assert loader.load("folder", tmp_path / "images")[0].names == expected
+    assert loader.load("folder", tmp_path / "images")[0].names == [*expected, "train/d/1.png"]
 
 
-@pytest.mark.parametrize("folder", ["train/b", "val/b"])
-def test_a_folder_without_permission_is_named(folder, tmp_path, monkeypatch):
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
     def refuse(path, scandir=os.scandir):  # as for those who are not root
-        if str(path).endswith(folder):
+        if str(path).endswith("val/b"):
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
-    write(tmp_path, "train/a/1.png", f"{folder}/2.png")
+    write(tmp_path, "train/b/1.png", "val/b/2.png")
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(loader.UsageError, match=f"/{folder}: this .* cannot.*Permission denied"):
+    with pytest.raises(loader.UsageError, match="/val/b: this .* cannot.*Permission denied"):
         loader.load("folder", tmp_path)
-
-
-def test_what_pillow_reads_is_an_image_and_other_files_are_counted(tmp_path):
-    read = ["a.gif", "b.jfif", "c.jpe", "d.jp2", "e.tga", "f.avif", "g.webp", "h.TIF"]
-    for name in ("x.txt", "raw", "labels.json"):
-        (tmp_path / name).write_text("text")
-    data = loader.load("folder", write(tmp_path, *read))[0]
-    assert data.names == read and [data[i].shape for i in range(8)] == [(3, 80, 80)] * 8
-    assert data.left_out == 3
 
 
 @pytest.mark.parametrize("train, val, memory, kind", [
@@ -168,8 +146,7 @@ def test_what_pillow_reads_is_an_image_and_other_files_are_counted(tmp_path):
     ([(64, 48)] * 3, [(64, 48)], 4 * 64 * 48 * 3 - 1, "Files"),
     ([(65, 48)] * 3, [(65, 48)], 1e9, "Files"),
     ([(9, 8), (9, 9), (9, 8)], [(9, 8)], 1e9, "Files"), ([(9, 8)] * 3, [(9, 9)], 1e9, "Files")])
-def test_small_images_of_one_size_are_held_of_both_sets_or_of_none(train, val, memory, kind,
-                                                                   tmp_path, monkeypatch):
+def test_small_images_of_one_size_are_held(train, val, memory, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "MEMORY", memory)
     for split, sizes in (("train", train), ("val", val)):
         save(tmp_path, [photo(*size, i) for i, size in enumerate(sizes)], split)
@@ -202,20 +179,15 @@ def test_a_digest_is_of_labels_and_of_what_it_says(size, digest_of, tmp_path):
     ("CMYK", (0, 0, 0, 255), [0, 0, 0]), ("CMYK", (255, 0, 0, 0), [0, 255, 255]),
     ("RGBA", (200, 0, 0, 0), [255, 255, 255]), ("RGBA", (200, 0, 0, 255), [200, 0, 0]),
     ("LA", (9, 0), [255, 255, 255]), ("LA", (9, 255), [9, 9, 9]),
-    ("P", 0, [255, 255, 255]), ("P", 1, [1, 2, 3])])
-def test_any_mode_becomes_rgb_over_white(mode, colour, rgb, tmp_path):
+    ("P", 0, [255, 255, 255]), ("P", 1, [1, 2, 3]),
+    ("I;16", 4095, [16, 16, 16]), ("I;16", 65535, [255, 255, 255])])
+def test_any_mode_becomes_8_bit_rgb_over_white(mode, colour, rgb, tmp_path):
     image = Image.new(mode, (3, 2), colour)
     if mode == "P":
         image.putpalette([9, 9, 9, 0, 1, 2, 3, 255], "RGBA")
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     image.save(path)
     assert (loader.read_image(path) == torch.tensor(rgb)[:, None, None].expand(3, 2, 3)).all()
-
-
-@pytest.mark.parametrize("name", ["x.png", "x.tif"])
-def test_16_bit_grey_is_scaled_by_its_range(name, tmp_path):
-    Image.fromarray(np.array([[0, 257, 4095, 65535]], np.uint16)).save(tmp_path / name)
-    assert loader.read_image(tmp_path / name).tolist() == [[[0, 1, 16, 255]]] * 3
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.tif", "16.tif"])
@@ -231,12 +203,10 @@ def test_exif_orientation_is_applied(orientation, name, tmp_path):
 
 
 @pytest.mark.parametrize("mode, turn, how", [
-    ("RGB", 1, {}), ("RGB", 1, dict(progressive=True)), ("RGB", 1, dict(quality=95)),
-    ("RGB", 6, {}), ("RGB", 3, {}), ("L", 1, {}), ("CMYK", 1, {}),
-    ("RGB", 1, dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))])),
-    ("RGB", 1, dict(format="PNG"))])
-def test_the_views_of_a_jpeg_that_is_read_smaller_are_those_of_all_its_pixels(mode, turn, how,
-                                                                             tmp_path):
+    ("RGB", 1, {}), ("RGB", 1, dict(progressive=True)), ("RGB", 6, {}), ("L", 1, {}),
+    ("CMYK", 1, {}), ("RGB", 1, dict(format="PNG")),
+    ("RGB", 1, dict(format="MPO", save_all=True, append_images=[Image.new("RGB", (9, 9))]))])
+def test_a_jpeg_that_is_read_smaller_has_the_views_of_all_its_pixels(mode, turn, how, tmp_path):
     """Within 2 of 255 on average; bit for bit where there are too few pixels, or half ones."""
     photo, exif = Image.fromarray(load_sample_image("china.jpg")), Image.Exif()
     exif[ExifTags.Base.Orientation] = turn
@@ -260,21 +230,17 @@ def test_the_views_of_a_jpeg_that_is_read_smaller_are_those_of_all_its_pixels(mo
 
 @pytest.mark.parametrize("name, make, reason", [
     ("x.tif", Image.new("I", (2, 2)).save, "range is not known"),
-    ("x.pgm", Image.new("I", (2, 2)).save, "range is not known"),
     ("x.tif", Image.new("F", (2, 2)).save, "range is not known"),
     ("x.png", os.mkdir, "Is a directory"), ("x.jpg", lambda path: (
         functional.to_pil_image(photo()).save(path), os.truncate(path, 2000)), "truncated"),
     ("new\nline\udcff.png", lambda path: path.write_bytes(b"no image"), "cannot identify")])
 def test_a_file_that_cannot_be_read_is_named_in_one_line(name, make, reason, tmp_path):
     make(tmp_path / name)
-    with pytest.raises(loader.UsageError) as here:
+    with pytest.raises(loader.UsageError) as error:
         loader.Files(tmp_path, [name], [0]).centre_crops(2, [0])
-    line, shown = str(here.value), name.replace("\n", r"\n").replace("\udcff", r"\udcff")
-    assert line.isprintable()
+    line, shown = str(error.value), name.replace("\n", r"\n").replace("\udcff", r"\udcff")
     assert line.startswith(f"{tmp_path}/{shown}: cannot be read as an image") and reason in line
-    with pytest.raises(loader.UsageError) as there:
-        ExceptionWrapper((here.type, here.value, here.tb), "in a data worker").reraise()
-    assert str(there.value).splitlines()[-1] == f"loader.UsageError: {line}"
+    assert line.isprintable()
 
 
 @pytest.mark.parametrize("height, width", [(40, 60), (16, 64), (64, 16), (8, 64)])
@@ -302,8 +268,7 @@ def test_random_crops_in_memory_are_pils_of_the_files(height, width, size, tmp_p
                      for data in both_kinds(tmp_path, photos(8, height, width)))
     for (*x, index, _), (*y, index_of_files, _) in zip(memory, files, strict=True):
         assert torch.equal(index, index_of_files)
-        # PIL rounds twice to 8 bits
-        torch.testing.assert_close(x, y, atol=1.1 / 255 / 0.224, rtol=0)
+        torch.testing.assert_close(x, y, atol=1.1 / 255 / 0.224, rtol=0)  # PIL rounds twice
 
 
 @pytest.mark.parametrize("size", [8, 32, 63, 64, 112])
@@ -322,12 +287,11 @@ def test_evaluation_is_of_normalised_centres_in_parts(tmp_path):
     x, statistics = photos(70, 12, 14), ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
     for data in both_kinds(tmp_path, x):
         data.labels = torch.arange(70)
-        for rank, part in enumerate([slice(0, 35), slice(35, 70)]):
-            found, labels = map(torch.cat, zip(*loader.centre_batches(
-                data, 12, statistics, rank, 2, workers=rank)))
-            expected = functional.normalize(x[part, :, :, 1:13] / 255, *statistics)
-            torch.testing.assert_close(found, expected)
-            assert torch.equal(labels, data.labels[part])
+        parts = [[*loader.centre_batches(data, 12, statistics, rank, 2, workers=rank)]
+                 for rank in range(2)]
+        found, labels = map(torch.cat, zip(*parts[0], *parts[1]))
+        torch.testing.assert_close(found, functional.normalize(x[..., 1:13] / 255, *statistics))
+        assert torch.equal(labels, data.labels)
 
 
 # --------------------------------------------------- each operation against torchvision's, by image
@@ -337,38 +301,26 @@ def draws(n):
     return torch.rand(n, loader.DRAWS, generator=torch.Generator().manual_seed(0))
 
 
-def test_hue_is_torchvisions_for_each_image():
-    x = photos(8, 48, 48) / 255
-    x[6] = x[6, :1]  # grey has no hue
-    shift = torch.tensor([-0.4, -0.1, 0.0, 0.1, 0.4, 0.25, 0.3, -0.5])
-    expected = torch.stack([functional.adjust_hue(*each) for each in zip(x, shift.tolist())])
-    torch.testing.assert_close(loader.shift_hue(x, shift), expected, atol=1e-5, rtol=0)
-
-
 def test_blur_is_a_gaussian_with_the_edge_repeated():
-    sigma = torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
-    x = photos(5, 48, 48) / 255
-    out = loader.blur(x, sigma)
-    for i, s in enumerate(sigma.tolist()):
-        padded = torch.nn.functional.pad(x[i:i + 1], [8] * 4, mode="replicate")[0]
-        expected = functional.gaussian_blur(padded, 17, s)[:, 8:-8, 8:-8]
-        torch.testing.assert_close(out[i], expected, atol=1e-6, rtol=0)
+    x, sigma = photos(5, 48, 48) / 255, torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
+    padded = torch.nn.functional.pad(x, [8] * 4, mode="replicate")
+    expected = [functional.gaussian_blur(image, 17, s)[:, 8:-8, 8:-8]
+                for image, s in zip(padded, sigma.tolist())]
+    torch.testing.assert_close(loader.blur(x, sigma), torch.stack(expected), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("size", [12, 64])
-@pytest.mark.parametrize("hue", [0.1, 0.4])
-def test_jitter_is_torchvisions_operations_in_every_order(hue, size):
-    x, u = photos(64, size, size) / 255, draws(64)
-    out = loader.jitter(x, u, hue)
+def test_jitter_is_torchvisions_operations_in_every_order():
+    x, u = photos(64, 12, 12) / 255, draws(64)
+    x[6] = x[6, :1]  # grey has no hue
+    out, orders = loader.jitter(x, u), u[:, loader.ORDER].argsort(1)
     steps = (functional.adjust_brightness, functional.adjust_contrast,
              functional.adjust_saturation, functional.adjust_hue)
     for i in range(64):
-        amounts = [*(0.6 + 0.8 * u[i, 5:8]).tolist(), hue * (2 * u[i, 8].item() - 1)]
-        expected, order = x[i], u[i, loader.ORDER].argsort().tolist()
-        for step in order:
-            expected = steps[step](expected, amounts[step])
-        torch.testing.assert_close(out[i], expected, atol=2e-3, rtol=0)
-    assert len(u[:, loader.ORDER].argsort(1).unique(dim=0)) > 18  # of 24
+        amounts = [*(0.6 + 0.8 * u[i, 5:8]).tolist(), 0.1 * (2 * u[i, 8].item() - 1)]
+        for step in orders[i].tolist():
+            x[i] = steps[step](x[i], amounts[step])
+    torch.testing.assert_close(out, x, atol=2e-3, rtol=0)
+    assert len(orders.unique(dim=0)) > 18  # of 24
 
 
 @pytest.mark.parametrize("aug, size, shares", [
@@ -384,13 +336,6 @@ def test_mocos_probabilities(aug, size, shares, monkeypatch):
     found = [(applied & bit > 0).double().mean().item() for bit in (1, 2, 4)]
     found.append((out[:, 0, 0, -1] >= 8).double().mean().item())
     assert found == pytest.approx(shares, abs=0.035)  # 3 standard deviations
-
-
-def test_the_augmentation_is_one_graph():
-    augment = loader.Augment("v2", 64, loader.IMAGENET_STATISTICS)
-    compiled = torch.compile(augment, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(photos(4, 64, 64), draws(4)),
-                               augment(photos(4, 64, 64), draws(4)))
 
 
 # ----------------------------------------------------------------------------- keyed random numbers
@@ -456,21 +401,17 @@ def test_an_epoch_has_each_image_at_most_once_and_drops_an_incomplete_batch(data
     assert len({*sum(found, [])}) == 18 and {*sum(found, [])} < {*some.tolist()}
 
 
-class Own(loader.Files):  # a fork's
-    def read(self, i, least=None):
-        return photo(20, 24, i)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_set_of_ones_own_has_views_and_evaluation(workers, monkeypatch):
+def test_a_data_set_of_ones_own_has_views_and_evaluation(monkeypatch):
+    class Own(loader.Files):
+        def read(self, i, least=None):
+            return photo(20, 24, i)
     own = Own("nowhere", [*map(str, range(8))], [*range(8)], "abcdefgh")
     monkeypatch.setitem(loader.DATASETS, "own", lambda root, classes: (own, own))
     train, val = loader.load("own", "anywhere")
-    (_, _, index, labels), = views(train, workers=workers)
+    (_, _, index, labels), = views(train, workers=1)
     assert torch.equal(index, labels) and sorted(labels.tolist()) == [*range(8)]
-    (x, labels), = loader.centre_batches(val, 20, NEUTRAL, workers=workers)
+    (x, labels), = loader.centre_batches(val, 20, NEUTRAL, workers=1)
     assert torch.equal((255 * x).round().byte(), photos(8, 20, 24)[..., 2:22])
-    assert labels.tolist() == [*range(8)]
 
 
 @pytest.mark.parametrize("total", [0, 1, 5, 12, 13])

@@ -252,8 +252,7 @@ def test_the_prototype_level_is_of_the_members_means():
 
 
 @pytest.mark.parametrize("duplicates, least, most", [(10, 0.2, 0.2), (5, 0.02, 0.4)])
-def test_duplicates_have_the_temperature_if_alone_and_a_tenth_of_it_beside_others(duplicates, least,
-                                                                                  most):
+def test_concentration_of_duplicates_alone_and_beside_others(duplicates, least, most):
     assignments = torch.arange(40) % 10
     phi = losses.concentration((assignments >= duplicates).float(), assignments, 10, 0.2)
     assert [phi.min().item(), phi.max().item()] == pytest.approx([least, most])
