@@ -76,8 +76,7 @@ def settings(group, tmp_path):
 # ------------------------------------------------------------------------------ on frozen features
 
 
-def test_frozen_protocols_share_one_extraction_and_say_and_keep_of_what_each_result_is(
-        trained, evaluate, monkeypatch):
+def test_frozen_protocols_share_one_extraction_and_keep_a_line_each(trained, evaluate, monkeypatch):
     embedded, real = [], pretrain.embed
     monkeypatch.setattr(pretrain, "embed", lambda encoder, data, args:
                         embedded.append(len(data)) or real(encoder, data, args))
@@ -342,9 +341,8 @@ def test_a_probe_is_not_resumed_on_another_backbone(trained, evaluate, refused, 
     evaluate(trained, "--epochs", 1)
     before = (tmp_path / "out" / "log.jsonl").read_bytes()
     torch.save(builder.build_backbone("tiny")[0].state_dict(), tmp_path / "another.pth")
-    refused("is not the backbone that this probe was begun on", "--pretrained",
-            tmp_path / "another.pth", "-a", "tiny", "--crop-size", 8, "--epochs", 2, "--resume",
-            "auto")
+    refused("is not the backbone that this probe was", "--pretrained", tmp_path / "another.pth",
+            "-a", "tiny", "--crop-size", 8, "--epochs", 2, "--resume", "auto")
     assert (tmp_path / "out" / "log.jsonl").read_bytes() == before
 
 

@@ -410,7 +410,7 @@ def test_a_data_set_of_ones_own_has_views_and_evaluation(monkeypatch):
     train, val = loader.load("own", "anywhere")
     (_, _, index, labels), = views(train, workers=1)
     assert torch.equal(index, labels) and sorted(labels.tolist()) == [*range(8)]
-    (x, labels), = loader.centre_batches(val, 20, NEUTRAL, workers=1)
+    (x, _), = loader.centre_batches(val, 20, NEUTRAL, workers=1)
     assert torch.equal((255 * x).round().byte(), photos(8, 20, 24)[..., 2:22])
 
 
