@@ -374,7 +374,7 @@ def test_a_probe_of_other_classes_is_refused(trained, evaluate, refused, tmp_pat
 
 @pytest.mark.parametrize("train, val, words, flags", [
     ("ab", "", "needs labels of two classes", []), ("a", "a", "needs labels of two classes", []),
-    ("ab", "a", "--shots 3: class 1 has 2 labelled images", ["--shots", 2, 3]),
+    ("ab", "a", "--shots 3: class 1 has 2 labels", ["--shots", 2, 3]),
     ("abcd", "a", "--cluster 4: give at most 3, one an image of val", ["--cluster"]),
     ("ab", "a", "--label-list nowhere: cannot be read", ["--label-list", "nowhere", "--knn"]),
     ("ab", "a", "--finetune: goes with --pretrained, and not", ["--finetune", "--knn"]),
