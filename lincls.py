@@ -6,8 +6,6 @@
     python lincls.py --pretrained output/backbone.pth --knn 20 200 --shots 1 4 16 --logreg --cluster
     python lincls.py --pretrained output/checkpoint.pth --finetune --label-fraction 0.1
     python lincls.py --pretrained output/checkpoint.pth --neighbours 8      # a picture to look at
-
-The fourth line's flags share the frozen features. OUTPUT/results.jsonl has a line for each result.
 """
 import argparse
 import math
@@ -38,7 +36,7 @@ FINETUNE_1_PERCENT = FINETUNE | dict(lr=5.0, backbone_lr=0.02)
 FINETUNE_SMALL = FINETUNE | dict(lr=0.03, backbone_lr=0.01)
 MILESTONES = 0.6, 0.8  # of the epochs, where no --schedule says: MoCo's 60 and 80 of 100
 FINETUNE_DROP = 0.2  # of the learning rates at each of them
-FIXED = "dataset", "arch", "crop_size", "batch_size", "finetune"
+FIXED = "dataset", "arch", "crop_size", "batch_size", "seed", "finetune"
 L2 = [10.0 ** -exponent for exponent in range(7)]
 SVM = dict(C=0.5, dual=True, max_iter=2000, random_state=0)
 KMEANS = dict(kmeans_iters=100, kmeans_restarts=1, temperature=1.0)
@@ -229,6 +227,7 @@ def train_net(net, train, labelled, val, args):
     def save_run():
         pretrain.save_checkpoint(args.output / "checkpoint.pth", args, run, net, optimizer,
                                  digest=digest, classes=train.classes)
+        dist.barrier()
 
     with pretrain.signals() as caught:
         while run["epoch"] < args.epochs:

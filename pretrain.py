@@ -76,7 +76,8 @@ def positive(kind, or_zero=False, most=math.inf):
     def parse(text):
         value = kind(text)
         if not 0 <= value <= most or value == math.inf or value == 0 and not or_zero:
-            least, limit = "0 or more" if or_zero else "positive", f", at most {most}" * (most == 1)
+            least = "0 or more" if or_zero else "positive"
+            limit = "" if most == math.inf else f" and at most {most}"
             raise argparse.ArgumentTypeError(f"must be {least}{limit}, not {text}")
         return value
     parse.__name__ = kind.__name__  # argparse says it where the text is no number
@@ -96,7 +97,7 @@ def parse_args(argv=None):
     add("--mlp", action=argparse.BooleanOptionalAction, default=True, help="MoCo v2's head")
     add("--dim", "--moco-dim", "--low-dim", type=positive(int), default=128, help="of embeddings")
     add("--queue-size", "--moco-k", type=positive(int), help="keys in the queue")
-    add("--moco-m", type=part, help="momentum of the key encoder")
+    add("--moco-m", type=positive(float, or_zero=True, most=1), help="momentum of the key encoder")
     add("--temperature", "--moco-t", type=positive(float), help="of InfoNCE; mean concentration")
     add("--bn-splits", type=positive(int), default=1, help="slices of a batch with their own BN")
     add("--warmup-epochs", "--warmup-epoch", type=natural, help="epochs of InfoNCE alone")
@@ -571,13 +572,13 @@ def monitor(backbone, train, val, args):
 
 def nearest(bank, bank_labels, queries, k):
     """The k nearest rows of bank (n, d) to each of queries (m, d), unit rows: cosines and labels,
-    (m, k) or of a smaller bank (m, n). Of equal cosines the first row is the nearer, for every k.
+    (m, k) or of a smaller bank (m, n). Of equal cosines (topk takes any) the first row is nearer.
     Those with a label under 0 are nobody's."""
     found, parts = [], queries.split(256)
     later = 2 ** -52 * torch.arange(len(bank), dtype=torch.double, device=bank.device)
     for rows in bar("neighbours", 0, len(parts), parts, after=10):
         cosine = (rows @ bank.T).masked_fill_(bank_labels < 0, -math.inf)
-        index = (cosine - later).topk(min(k, len(bank)), dim=1).indices  # of equal ones any
+        index = (cosine - later).topk(min(k, len(bank)), dim=1).indices
         found.append((cosine.gather(1, index), bank_labels[index]))
     return [torch.cat(x) for x in zip(*found)]
 
