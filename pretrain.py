@@ -497,17 +497,17 @@ def pauc(batch, clusterings, args):
         terms.append(("uniform", args.uniform, losses.uniformity(q, args.uniform_t)))
     for m, (assignments, prototypes, phi) in enumerate(clusterings):
         s = assignments[batch.index]
+        p, p_positive = (losses.prototype_features(z, s) for z in (x, y))
+        d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
         if args.proto:
             negatives = loader.generator(args.seed, batch.epoch, batch.step, m, device=q.device)
             value, accuracy = losses.proto_nce(x, prototypes, phi, s, args.num_negatives, negatives)
             terms.append(("proto", share * args.proto, value))
             logged.append(("acc_proto", accuracy))
         if args.align:
-            p, p_positive = (losses.prototype_features(z, s) for z in (x, y))
             value = losses.alignment(p, p_positive, args.align_alpha)
             terms.append(("align", share * args.align, value))
         if args.corr:
-            d, d_positive = (losses.deviations(z, prototypes, s) for z in (x, y))
             value = losses.correlation(d, d_positive, args.corr_lambda)
             terms.append(("corr", share * args.corr, value))
     loss = sum(weight * value for _, weight, value in terms)
