@@ -114,7 +114,7 @@ def test_knn_is_the_monitors(trained, evaluate):
 @pytest.mark.parametrize("classes", [10, 2])
 def test_low_shot_is_scikit_learns_svms(classes, features, settings, tmp_path):
     """One against the rest, a class's own images weighing twice, as in PCL's script; not of two."""
-    bank, queries = ((x[y < classes], y[y < classes]) for x, y in features)
+    bank, queries = ((x, y % classes) for x, y in features)
     (x, y), (x_val, y_val) = ((F.normalize(x, dim=1).numpy(), y) for x, y in (bank, queries))
     settings.shots, settings.runs, top1 = [4], 3, []
     lincls.low_shot(bank, queries, classes, {}, settings)
@@ -370,6 +370,9 @@ def test_a_probe_of_other_classes_is_refused(trained, evaluate, refused, tmp_pat
     evaluate(None, ours, "--evaluate", probe)
     refused("no probe of these 2 classes", others, "--evaluate", probe)
     refused("no probe of these 10 classes", "--evaluate", trained)
+    torch.save(pretrain.load(probe) | dict(classes=[]), tmp_path / "without names.pth")
+    refused("no probe of these 10 classes", "--dataset", "digits", "--evaluate",
+            tmp_path / "without names.pth")
 
 
 @pytest.mark.parametrize("train, val, words, flags", [
