@@ -237,13 +237,12 @@ def train_net(net, train, labelled, val, args):
             figures = validate(net, val, args)
             best = max(run["best"], figures["top1"])
             run.update(epoch=run["epoch"] + 1, step=0, best=best)
-            line = log.report(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"],
-                                   **figures, best=best), run, args)
-            save_run()
-            say(line)
+            say(log.report(dict(epoch=run["epoch"], step=run["epoch"] * run["steps"], **figures,
+                                best=best), run, args))
             if run["epoch"] == args.epochs:  # a finished one that is resumed has nothing to report
                 report(args, "finetune" if args.finetune else "linear", dict(figures, best=best),
                        epochs=args.epochs, images=len(labelled))
+            save_run()  # last: a probe that is killed before it does all of this again
     log.close()
 
 

@@ -35,6 +35,7 @@ SMALL_CROP = 64  # smaller ones are not blurred, and evaluated on whole images
 ASPECT = 3 / 4, 4 / 3  # of a random crop
 TRIES = 10  # at a random crop that fits into the image
 ENOUGH = 1.4  # pixels of a shrunk JPEG for each of a view's, along its shorter side
+CHUNK_PIXELS = 2 ** 17  # augmented at once on the CPU, to stay in its cache
 MEMORY = 2 ** 30  # bytes: a folder whose small images take no more is held in memory
 
 
@@ -412,19 +413,19 @@ class Augment(nn.Module):
     def forward(self, x, u=None):
         """x: (n, 3, S, S) uint8, or float in [0, 1]; u: (n, DRAWS) uniform in [0, 1), which "crop"
         without flip does not need. Returns (n, 3, S, S) float32, normalised."""
+        chunk = max(1, CHUNK_PIXELS // x[0, 0].numel())
+        if x.device.type == "cpu" and u is not None and len(x) > chunk:
+            return torch.cat([self(*part) for part in zip(x.split(chunk), u.split(chunk))])
         x = x / 255 if x.dtype == torch.uint8 else x
         if self.aug == "v2":
-            x = torch.where(_each(u[:, JITTER] < 0.8), jitter(x, u), x)
-            x = torch.where(_each(u[:, GREY] < 0.2), grey(x), x)
+            x = torch.where(u[:, JITTER, None, None, None] < 0.8, jitter(x, u), x)
+            x = torch.where(u[:, GREY, None, None, None] < 0.2, grey(x), x)
             if self.size >= SMALL_CROP:
-                x = torch.where(_each(u[:, BLUR] < 0.5), blur(x, 0.1 + 1.9 * u[:, SIGMA]), x)
+                blurred = blur(x, 0.1 + 1.9 * u[:, SIGMA])
+                x = torch.where(u[:, BLUR, None, None, None] < 0.5, blurred, x)
         if self.flip:
-            x = torch.where(_each(u[:, FLIP] < 0.5), x.flip(-1), x)
+            x = torch.where(u[:, FLIP, None, None, None] < 0.5, x.flip(-1), x)
         return ((x - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
-
-
-def _each(x):
-    return x[:, None, None, None]
 
 
 def jitter(x, u, hue=0.1, strength=0.4):
@@ -432,12 +433,12 @@ def jitter(x, u, hue=0.1, strength=0.4):
     dear one, hue, is done once, between those that come before it and those after."""
     factors = 1 + strength * (2 * u[:, FACTORS] - 1)  # of brightness, contrast, saturation
     order = u[:, ORDER].argsort(1)  # which operation comes first, second, ...
-    place = (order == HUE_TURN).to(torch.uint8).argmax(1)
+    place = (order == HUE_TURN).to(torch.uint8).argmax(1)[:, None, None, None]
     for slot in range(3):
-        x = torch.where(_each(slot < place), blend(x, order[:, slot], factors), x)
+        x = torch.where(slot < place, blend(x, order[:, slot], factors), x)
     x = shift_hue(x, hue * (2 * u[:, HUE] - 1))
     for slot in range(1, 4):
-        x = torch.where(_each(slot > place), blend(x, order[:, slot], factors), x)
+        x = torch.where(slot > place, blend(x, order[:, slot], factors), x)
     return x
 
 
@@ -446,8 +447,9 @@ def blend(x, operation, factors):
     black, the mean of its grey, or its grey."""
     luma = grey(x)
     mean = luma.mean((2, 3), keepdim=True)
-    other = torch.where(_each(operation == 2), luma, _each(operation == 1) * mean)
-    factor = _each(factors.gather(1, operation.clamp(max=2)[:, None])[:, 0])
+    factor = factors.gather(1, operation.clamp(max=2)[:, None])[:, :, None, None]
+    operation = operation[:, None, None, None]
+    other = torch.where(operation == 2, luma, (operation == 1) * mean)
     return (factor * x + (1 - factor) * other).clamp(0, 1)
 
 

@@ -84,8 +84,7 @@ def positive(kind, or_zero=False, most=math.inf):
     return parse
 
 
-natural, natural_float = positive(int, or_zero=True), positive(float, or_zero=True)
-part = positive(float, most=1)
+natural, natural_float, part = positive(int, True), positive(float, True), positive(float, most=1)
 
 
 def parse_args(argv=None):
