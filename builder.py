@@ -23,8 +23,8 @@ EMPTY = -1  # in place of the index of a queued key's image
 def build_backbone(arch, small_images=False, bn_splits=1):
     """A torchvision network from scratch, (n, 3, H, W) -> (n, width), and its width. small_images:
     the usual stem for crops under 64 pixels, a 3x3 convolution of stride 1 and no max-pool.
-    bn_splits: BN statistics over so many slices of the batch. A network of one's own stands in for
-    `net`: all that is asked for is that its last layer is called `fc`, and is the identity."""
+    bn_splits: BN statistics over so many slices of the batch. A network of one's own is a branch
+    where `net` is made: its last layer, an nn.Linear called `fc`, and, small, its first go."""
     if arch not in models.list_models(module=models):
         raise UsageError(f"--arch {arch}: no classifier of torchvision's, as resnet50 is")
     net = models.get_model(arch)

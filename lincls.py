@@ -72,7 +72,7 @@ def parse_args(argv=None):
     args.output = args.output or (args.pretrained.parent / "lincls" if args.pretrained
                                   else args.evaluate.parent)
     args.knn = [20] if args.knn == [] else args.knn
-    flags = args.knn, args.shots, args.logreg, args.neighbours
+    flags = args.knn, args.shots, args.logreg, args.neighbours  # on frozen features
     args.on_features = any(flags) or args.cluster is not None
     if args.finetune and (args.on_features or args.evaluate):
         parser.error("--finetune: goes with --pretrained, and not with flags on frozen features")
@@ -133,7 +133,7 @@ def settle(args, source):
 
 def settle_training(args, labelled, total):
     """The defaults of what is trained, with so many of all the labels."""
-    usual = DEFAULTS.get(args.dataset, SMALL if args.small_images else IMAGENET)
+    usual = (SMALL if args.small_images else IMAGENET) | DEFAULTS.get(args.dataset, {})
     if args.finetune:
         large = FINETUNE_1_PERCENT if labelled < 0.05 * total else FINETUNE
         usual = usual | (FINETUNE_SMALL if args.small_images else large)

@@ -116,7 +116,7 @@ class Arrays:
 
 
 class Files:
-    """A data set of image files below `root`, by relative name, of whose names `digest` tells."""
+    """A data set of image files below `root`: relative names, labels as ints. digest of names."""
 
     digest_of, evaluation_batch, left_out = "names", 64, 0  # batches wait in shared memory
     device, statistics = torch.device("cpu"), IMAGENET_STATISTICS
@@ -240,7 +240,7 @@ def _by_class(folder):
     for path in _walk(folder):
         top, _, below = path.partition(os.sep)
         kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-        if kind in Image.OPEN:
+        if kind in Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG"}:  # which are not read
             images.setdefault(top if below else "", []).append(path)
             continue
         others += 1

@@ -1,6 +1,6 @@
 """PAUC: self-supervised pre-training of an image encoder (arXiv 2210.10194).
 
-    python pretrain.py                                     # scikit-learn's digits, on any machine
+    python pretrain.py                                     # scikit-learn's digits, on CPUs too
     python pretrain.py --dataset cifar10                   # one process on every visible GPU
     python pretrain.py IMAGENET --nproc 8                  # an image folder, on 8 GPUs
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint node0:23456 \
@@ -485,7 +485,7 @@ def pauc(batch, clusterings, args):
     Without clusterings, as in warm-up, L_ins alone. It is over this process's rows, the others over
     the whole batch, the same on every process: GatherWithGradient sums their gradients, DDP divides
     by their number. Returns the loss, and what is only logged, means over the clusterings: terms
-    without their weights, and accuracies. A new term is one more line: name, weight, value."""
+    without their weights, and accuracies. A new term is another `if`: name, weight, value."""
     q, k, x, y, rows = batch.q, batch.k, batch.x, batch.y, batch.rows
     share = 1 / max(1, len(clusterings))
     own = batch.index[rows].to(q.device, non_blocking=True)[:, None] == batch.queue_index
@@ -695,8 +695,8 @@ def append(path, record):
 
 
 class Log:
-    """Reports of process 0: TensorBoard, and a JSON line each in OUTPUT/log.jsonl, every start's
-    flags among them. A start cuts off what is later than the checkpoint that it goes on from."""
+    """Reports of process 0: TensorBoard, and a JSON line each in OUTPUT/log.jsonl, a start's flags
+    among them. A start cuts off what is later than the checkpoint that it goes on from."""
 
     def __init__(self, args, run):
         self.speaks = dist.get_rank() == 0
