@@ -240,7 +240,7 @@ def _by_class(folder):
     for path in _walk(folder):
         top, _, below = path.partition(os.sep)
         kind = Image.registered_extensions().get(os.path.splitext(path)[1].lower())
-        if kind in Image.OPEN.keys() - {"BUFR", "GRIB", "HDF5", "MPEG"}:  # which are not read
+        if kind in Image.OPEN and kind not in ("BUFR", "GRIB", "HDF5", "MPEG"):  # no readers
             images.setdefault(top if below else "", []).append(path)
             continue
         others += 1

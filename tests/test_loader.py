@@ -89,7 +89,7 @@ def test_labels_follow_the_training_classes_kept_in_both_splits(content, classes
 
 
 @pytest.mark.parametrize("names, labels, left_out", [
-    ([*"a.gif b.jfif c.jpe d.jp2 deep/er/1.jpg e.tga f.avif g.webp h.TIF".split()], [-1] * 9, 1),
+    ([*"a.gif b.jfif c.jpe d.jp2 deep/er/1.jpg e.tga f.avif g.webp h.TIF".split()], [-1] * 9, 2),
     (["train/1.png", "train/2.png", "val/a/3.png"], [-1, -1], 0),
     (["train/a/1.png", "val/2.png", "val/3.png"], [0], 2),
     (["train/a/1.png", "train/2.png", "val/a/3.png"], [0], 1),
@@ -97,6 +97,7 @@ def test_labels_follow_the_training_classes_kept_in_both_splits(content, classes
 ], ids=["any file of Pillow's", "no classes", "no classes in val", "beside classes", "hidden"])
 def test_what_has_no_class_folder_is_no_labelled_image(names, labels, left_out, tmp_path):
     (tmp_path / "notes.txt").write_text("beside train nothing is looked at")
+    (tmp_path / "features.h5").write_text("Pillow has but a stub for it")
     train, val = loader.load("folder", write(tmp_path, *names))
     assert train.names == names[:len(labels)] and train.labels.tolist() == labels
     assert train.left_out == left_out and bool(val) == (left_out == 1 and labels == [0])
